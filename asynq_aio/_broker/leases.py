@@ -1,0 +1,106 @@
+"""Leases: who works on a task, and until when others must leave it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from asynq_aio._broker.scripts import load
+from asynq_aio._wire import keys
+from asynq_aio.errors import BrokerFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asynq_aio._broker.store import Store
+
+__all__ = ["Lease", "extend", "lend", "regain", "without_lease"]
+
+_REGAIN = load("regain")
+_LEND = load("lend")
+
+
+@dataclass(slots=True)
+class Lease:
+    """One task in `active`, as somebody knows it who wants to change it.
+
+    Its holder knows the owner it wrote and the highest expiry it ever sent; a score above that means another has the task
+    (Go's servers leave our owner in the hash when they take it). A recoverer knows the score it saw: `exact`.
+    """
+
+    queue: str
+    task_id: str | bytes
+    """bytes where it is not UTF-8: damage that can still be archived."""
+    owner: str
+    """`aio_owner` as its holder wrote it; "" = do not ask."""
+    expires_unix: int
+    exact: bool = False
+
+    @property
+    def task_key(self) -> str | bytes:
+        """The task's hash."""
+        prefix = keys.task_prefix(self.queue)
+        return prefix + self.task_id if isinstance(self.task_id, str) else prefix.encode() + self.task_id
+
+
+async def extend(store: Store, queue: str, leases: Sequence[Lease], expires_unix: int) -> None:
+    """Raise the expiry of `leases`, all of `queue`; one that is gone stays gone.
+
+    Only for leases whose last extension succeeded less than 10 s ago, for nobody can have taken the task since; else `regain`.
+
+    Raises:
+        BrokerUnavailableError: the leases may be as they were.
+    Redis:
+        asynq:{queue}:lease    ZSET    task ID -> Unix seconds    scores raised
+    Source:
+        hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.ExtendLease
+    """
+    name = keys.lease(queue)
+    for lease in leases:
+        lease.expires_unix = max(lease.expires_unix, expires_unix)  # before it is sent: what Redis may have
+    for first in range(0, len(leases), 1000):
+        part = leases[first : first + 1000]
+        pairs = [value for lease in part for value in (expires_unix, lease.task_id)]
+        try:
+            await store.call("ZADD", name, "XX", "GT", *pairs, key=name, lane="lease")
+        except BrokerFullError:  # ZADD is refused in a full Redis; the script is not
+            await regain(store, queue, part, expires_unix)
+
+
+async def regain(store: Store, queue: str, leases: Sequence[Lease], expires_unix: int) -> list[Lease]:
+    """After a silence: raise the expiry of the leases that their owner still holds.
+
+    Returns:
+        The leases that are lost: another server may own the task by now.
+    Raises:
+        BrokerUnavailableError: the leases may be as they were; nothing is known to be lost.
+    Redis:
+        asynq:{queue}:lease    ZSET    task ID -> Unix seconds    scores raised
+    """
+    lost: list[Lease] = []
+    waiting = list(leases)
+    while waiting:
+        part, waiting = waiting[:500], waiting[500:]
+        names = [keys.lease(queue), *(lease.task_key for lease in part)]
+        args: list[str | bytes | int] = [expires_unix]
+        for lease in part:
+            args += (lease.task_id, lease.owner, max(lease.expires_unix, expires_unix))
+            lease.expires_unix = max(lease.expires_unix, expires_unix)
+        verdicts = await store.run(_REGAIN, names, args, lane="lease")
+        lost += [lease for lease, verdict in zip(part, verdicts, strict=True) if verdict == 0]
+    return lost
+
+
+async def without_lease(store: Store, queue: str) -> set[bytes]:
+    """IDs that stand in `active` and have no lease: damage, unless the two looks lie around a transition; look twice."""
+    active = await store.call("LRANGE", keys.active(queue), 0, -1, key=keys.active(queue))
+    if not active:
+        return set()
+    leased = await store.call("ZRANGE", keys.lease(queue), 0, -1, key=keys.lease(queue))
+    return set(active).difference(leased)
+
+
+async def lend(store: Store, queue: str, task_ids: Sequence[bytes], expires_unix: int) -> int:
+    """Give a lease to what stands in `active` without one, so that the rule of expired leases reaches it; how many got one."""
+    names = [keys.active(queue), keys.lease(queue)]
+    return len(await store.run(_LEND, names, [expires_unix, *task_ids]))

@@ -1,0 +1,26 @@
+-- regain.lua: raise the leases that these owners still hold. One that is gone, or another's, stays as it is.
+--
+-- KEYS
+--   1  asynq:{q}:lease  ZSET  id -> expiry, Unix seconds       then for each task: asynq:{q}:t:<id> HASH
+-- ARGV
+--   1  new expiry, Unix seconds    then for each task: id, its aio_owner, the highest expiry that this server ever sent for it
+-- Returns an array with one number for each task: 1 raised, 0 lost, 3 out of reach (the slot is moving)
+--
+-- The first write (ZREM of nothing) is one that a full Redis allows.
+-- include: look
+local verdicts = {}
+redis.call('ZREM', KEYS[1], '')
+for i = 1, #KEYS - 1 do
+  local id, owner, highest = ARGV[3 * i - 1], ARGV[3 * i], tonumber(ARGV[3 * i + 1])
+  local fields = redis.pcall('HMGET', KEYS[i + 1], 'aio_owner', 'state')
+  local score = redis.call('ZSCORE', KEYS[1], id)
+  if unreachable(fields) then
+    verdicts[i] = 3
+  elseif not failed(fields) and fields[1] == owner and fields[2] == 'active' and score and tonumber(score) <= highest then
+    redis.call('ZADD', KEYS[1], 'XX', 'GT', ARGV[1], id)
+    verdicts[i] = 1
+  else
+    verdicts[i] = 0
+  end
+end
+return verdicts
