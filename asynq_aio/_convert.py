@@ -398,10 +398,9 @@ class _Builder:
 
     def _union(self, model: object, args: tuple[Any, ...]) -> Converter:
         if sum(is_model(arg) for arg in args) > 1:
-            message = (
+            raise ConfigError(
                 f"{model}: two kinds of object cannot be told apart; use one, or a discriminated union of pydantic's"
             )
-            raise ConfigError(message)
         members = [self.build(arg) for arg in args if arg is not types.NoneType]
         if len(members) == 1:
             return _optional(members[0])

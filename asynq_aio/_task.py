@@ -341,10 +341,9 @@ def _check_type(name: object) -> None:
 def _check_headers(headers: Mapping[Any, Any]) -> None:
     for name, value in headers.items():
         if not (isinstance(name, str) and isinstance(value, str)):
-            message = (
+            raise TypeError(
                 f"headers: wanted text for text, found {type(name).__name__} for {type(value).__name__} at {name!r}"
             )
-            raise TypeError(message)
 
 
 @dataclass(frozen=True, slots=True)
