@@ -10,11 +10,13 @@ import difflib
 import ipaddress
 import re
 import ssl
+import tomllib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NoReturn, TypeAlias, TypeGuard
 from urllib.parse import unquote
 
 from asynq_aio.errors import ConfigError
@@ -30,6 +32,8 @@ __all__ = [
     "RedisConnOpt",
     "RedisFailoverClientOpt",
     "TLSOptions",
+    "default_redis",
+    "find_config_file",
     "join_address",
     "parse_redis_uri",
     "split_address",
@@ -206,10 +210,7 @@ class RedisFailoverClientOpt:
 
     def __post_init__(self) -> None:
         who = "RedisFailoverClientOpt"
-        if not self.master_name or not self.master_name.strip():
-            raise ConfigError(
-                f"{who}.master_name is {self.master_name!r}; expected the name that sentinel.conf monitors, such as 'mymaster'"
-            )
+        _check_master_name(who, self.master_name)
         _check_login(who, self)
         _check_user(who, "sentinel_username", self.sentinel_username)
         _check_password(who, "sentinel_password", self.sentinel_password)
@@ -220,9 +221,7 @@ class RedisFailoverClientOpt:
         if self.shared_password and (
             not self.password or self.sentinel_password or self.username or self.sentinel_username
         ):
-            raise ConfigError(
-                f"{who}.shared_password goes with `password` alone; else give `password` and `sentinel_password` one by one"
-            )
+            raise ConfigError(f"{who}.shared_password goes with `password` alone; else give each its own password")
         addrs = _complete_all(self.sentinel_addrs, _SENTINEL_PORT, f"{who}.sentinel_addrs")
         object.__setattr__(self, "sentinel_addrs", addrs)
 
@@ -281,33 +280,29 @@ def split_address(address: str, default_port: int, name: str) -> Address:
     """The host (IPv6 without brackets) and port of `host`, `host:port`, `[v6]` or `[v6]:port`.
 
     Raises:
-        ConfigError: it is none of these; the text starts with `name` and never repeats a password.
+        ConfigError: it is none of these; the text starts with `name` and repeats nothing that may be a password.
     """
+    example = f"expected host:port, such as 127.0.0.1:{default_port}"
     if "@" in address:
         raise ConfigError(
-            f"{name} has an '@'; user and password go into fields of their own, or into a URI such as redis://user:password@host:6379"
+            f"{name} has an '@'; user and password go into fields of their own, or into a URI "
+            "such as redis://user:password@127.0.0.1:6379"
         )
     if "://" in address:
-        raise ConfigError(
-            f"{name} is the URI {address!r}; expected host:port; give a URI in place of the whole option, or to parse_redis_uri()"
-        )
+        raise ConfigError(f"{name} is a URI; {example}; a URI stands for a whole option: parse_redis_uri(uri)")
     if address.startswith("["):
         literal, bracket, rest = address[1:].partition("]")
-        try:
-            ipaddress.IPv6Address(literal)
-        except ValueError:
-            bracket = ""
-        if not bracket or (rest and not rest.startswith(":")):
-            raise ConfigError(
-                f"{name} is {address!r}; expected an IPv6 address in brackets and a port, such as [::1]:{default_port}"
-            )
-        return literal, _port(rest[1:], name, address) if rest else default_port
-    if address.count(":") > 1:
+        if not bracket or not _is_ipv6(literal) or (rest and not rest.startswith(":")):
+            raise ConfigError(f"{name} is no IPv6 address in brackets; expected one such as [::1]:{default_port}")
+        return literal, _port(rest[1:], name, f"[{literal}]") if rest else default_port
+    if _is_ipv6(address):
         raise ConfigError(f"{name} is {address!r}; an IPv6 address goes in brackets, such as [::1]:{default_port}")
     host, colon, port = address.partition(":")
-    if not host or re.search(r"[\s/?#,%\[\]\\]", host):
-        raise ConfigError(f"{name} is {address!r}; expected host:port, such as 127.0.0.1:{default_port}")
-    return host, _port(port, name, address) if colon else default_port
+    if not host:
+        raise ConfigError(f"{name} has no host; {example}")
+    if ":" in port or re.search(r"[\s/?#,%\[\]\\]", host):
+        raise ConfigError(f"{name} cannot be read; {example}")
+    return host, _port(port, name, host) if colon else default_port
 
 
 def join_address(host: str, port: int) -> str:
@@ -315,23 +310,39 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _port(text: str, name: str, address: str) -> int:
-    if text.isascii() and text.isdecimal() and 1 <= int(text) <= _MAX_PORT:
-        return int(text)
-    raise ConfigError(f"{name} is {address!r}; expected a port from 1 to {_MAX_PORT} after the last colon")
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _port(text: str, name: str, host: str) -> int:
+    # What stands there may be a password whose '@' was forgotten: only numbers are shown.
+    if not re.fullmatch(r"[0-9]+", text):
+        raise ConfigError(f"{name} has no port number behind '{host}:'; expected one from 1 to {_MAX_PORT}")
+    if len(text) > len(str(_MAX_PORT)) or not 1 <= int(text) <= _MAX_PORT:
+        raise ConfigError(f"{name} has port {text[:9]}; expected one from 1 to {_MAX_PORT}")
+    return int(text)
 
 
 def _complete(address: str, default_port: int, name: str) -> str:
     return join_address(*split_address(address, default_port, name))
 
 
-def _complete_all(addresses: Sequence[str], default_port: int, name: str) -> tuple[str, ...]:
-    if isinstance(addresses, str) or not all(isinstance(address, str) for address in addresses):
+def _complete_all(addresses: object, default_port: int, name: str) -> tuple[str, ...]:
+    if isinstance(addresses, str) or not isinstance(addresses, Sequence):
         raise ConfigError(
-            f"{name} is of type {type(addresses).__name__}; expected a list of str, such as ['127.0.0.1:{default_port}']"
+            f"{name} is of type {type(addresses).__name__}; expected a list such as ['127.0.0.1:{default_port}']"
         )
     if not addresses:
         raise ConfigError(f"{name} is empty; expected at least one host:port")
+    for address in addresses:
+        if not isinstance(address, str):
+            raise ConfigError(
+                f"{name} holds a {type(address).__name__}; expected texts such as '127.0.0.1:{default_port}'"
+            )
     return tuple(_complete(address, default_port, name) for address in addresses)
 
 
@@ -351,6 +362,11 @@ def _check_login(who: str, opt: RedisConnOpt) -> None:
             raise ConfigError(f"{who}.{name} is {value!r}; expected a timedelta, such as timedelta(seconds=5)")
         if value <= timedelta(0):
             raise ConfigError(f"{who}.{name} is {value}; expected more than 0")
+
+
+def _check_master_name(who: str, name: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{who}.master_name is {name!r}; expected the name in sentinel.conf, such as 'mymaster'")
 
 
 def _check_user(who: str, name: str, value: object) -> None:
@@ -378,18 +394,21 @@ def _check_remap(who: str, remap: object) -> None:
     name = f"{who}.address_remap"
     if not isinstance(remap, Mapping):
         raise ConfigError(
-            f"{name} is of type {type(remap).__name__}; expected a dict such as {{'10.0.0.5:6379': 'localhost:7000'}}, or a callable"
+            f"{name} is of type {type(remap).__name__}; expected a callable, or a dict "
+            "such as {'10.0.0.5:6379': 'localhost:7000'}"
         )
     for announced, dialled in remap.items():
         if not isinstance(announced, str) or not isinstance(dialled, str):
             raise ConfigError(
-                f"{name} has the entry {announced!r}: {dialled!r}; expected str to str, such as '10.0.0.5:6379': 'localhost:7000'"
+                f"{name} has the entry {announced!r}: {dialled!r}; "
+                "expected str to str, such as '10.0.0.5:6379': 'localhost:7000'"
             )
         split_address(announced, _REDIS_PORT, name)
         split_address(dialled, _REDIS_PORT, name)
         if _has_port(announced) != _has_port(dialled):
             raise ConfigError(
-                f"{name} has the entry {announced!r}: {dialled!r}; give a port on both sides, or on none to keep the ports"
+                f"{name} has the entry {announced!r}: {dialled!r}; "
+                "give a port on both sides, or on none to keep the ports"
             )
 
 
@@ -469,7 +488,8 @@ def parse_redis_uri(uri: str) -> RedisConnOpt:
         host, host:port, /path/of/a.sock
 
     All take ?db=, ?connect_timeout=, ?read_timeout= and ?deadline= (seconds, or Go durations such as 1m30s); with TLS
-    also ?verify=false, ?ca=, ?cert=, ?key= (PEM files) and ?server_name=. Everything is percent-decoded; a plus sign is one.
+    also ?verify=false, ?ca=, ?cert=, ?key= (PEM files) and ?server_name=. Everything is percent-decoded; a plus sign
+    stays one.
 
     Raises:
         ConfigError: what is wrong, without any password.
@@ -529,18 +549,18 @@ class _URI:
         self.path = self.decode(path, "path")
         self.query = self.read_query(query)
 
-    def fail(self, text: str, cause: Exception | None = None) -> NoReturn:
-        raise ConfigError(f"{self.name} {text}") from cause
+    def fail(self, text: str) -> NoReturn:
+        raise ConfigError(f"{self.name} {text}")
 
     def decode(self, text: str, what: str) -> str:
         if re.search(r"%(?![0-9A-Fa-f]{2})", text):
             self.fail(f"has a '%' in its {what} without two hexadecimal digits behind it; write a plain '%' as %25")
-        try:
-            return unquote(text, errors="strict")
-        except UnicodeDecodeError:
-            raise ConfigError(
-                f"{self.name} has percent-encoded bytes in its {what} that are not UTF-8"
-            )  # outside the handler: the UnicodeDecodeError quotes the bytes
+        decoded = None
+        with suppress(UnicodeDecodeError):  # and not chained from it: it quotes the bytes
+            decoded = unquote(text, errors="strict")
+        if decoded is None:
+            self.fail(f"has percent-encoded bytes in its {what} that are not UTF-8")
+        return decoded
 
     def read_query(self, query: str) -> dict[str, list[str]]:
         allowed = (*_KEYS[self.form], *_TIMEOUT_KEYS, *(_TLS_KEYS if self.secure else ()))
@@ -562,7 +582,7 @@ class _URI:
     def refuse_key(self, key: str, allowed: Sequence[str]) -> NoReturn:
         if key in _TLS_KEYS:
             self.fail(f"has ?{key}=, which needs TLS; use the scheme that begins with rediss")
-        near = _KEYS_ELSEWHERE.get(key) or next(iter(difflib.get_close_matches(key, allowed, n=1)), None)
+        near = _KEYS_ELSEWHERE.get(key) or next(iter(difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)), None)
         hint = f"did you mean {near!r}?" if near in allowed else f"expected {', '.join(allowed)}"
         self.fail(f"has the unknown query key {key!r}; {hint}")
 
@@ -615,7 +635,7 @@ class _URI:
             self.fail("has ?sentinel_username= without ?sentinel_password=")
         return RedisFailoverClientOpt(
             master_name=self.one("master") or "mymaster",
-            sentinel_addrs=self.addresses(self.hosts or "localhost", _SENTINEL_PORT),
+            sentinel_addrs=self.addresses(self.hosts, _SENTINEL_PORT),
             username=self.username,
             password=self.password,
             sentinel_username=sentinel_username,
@@ -633,8 +653,9 @@ class _URI:
         if self.path not in {"", "/", "/0"} or self.query_database():
             self.fail("has a database; a Redis Cluster has database 0 alone, leave it out")
         more = [address for value in self.query.get("addr", []) for address in self.addresses(value, _REDIS_PORT)]
+        first = self.addresses(self.hosts, _REDIS_PORT) if self.hosts or not more else []
         return RedisClusterClientOpt(
-            addrs=[*self.addresses(self.hosts or "localhost", _REDIS_PORT), *more],
+            addrs=[*first, *more],
             username=self.username,
             password=self.password,
             tls=self.tls(),
@@ -656,10 +677,8 @@ class _URI:
 
     def addresses(self, text: str, default_port: int) -> list[str]:
         if self.dubious:
-            try:
+            with suppress(ConfigError):
                 return [_complete(unquote(one), default_port, "") for one in text.split(",")]
-            except ConfigError:
-                pass
             self.fail("cannot be read; in a password write '/' as %2F, '?' as %3F and '@' as %40")
         return [
             _complete(self.decode(one, "host"), default_port, f"the host of {self.name}") for one in text.split(",")
@@ -741,3 +760,186 @@ def _parse_duration(text: str) -> timedelta | None:
     except OverflowError:
         return None
     return None
+
+
+# Where Redis is when nobody says so
+
+_CONFIG_NAMES: Final = (".asynq.yaml", ".asynq.yml", ".asynq.json", ".asynq.toml")
+_SETTINGS: Final = ("uri", "db", "username", "password", "cluster", "cluster_addrs", "tls", "tls_server", "insecure")
+
+_FLAG, _ENVIRONMENT, _FILE, _NOWHERE = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A value, and who says so: the lower the rank, the more it counts."""
+
+    rank: int
+    name: str
+    value: object = field(repr=False)
+
+    def text(self) -> str:
+        if isinstance(self.value, str):
+            return self.value
+        raise ConfigError(f"{self.name} is of type {type(self.value).__name__}; expected a text (in quotes, in a file)")
+
+    def number(self) -> int:
+        if isinstance(self.value, int) and not isinstance(self.value, bool):
+            return self.value
+        if isinstance(self.value, str) and re.fullmatch(r"-?[0-9]{1,9}", self.value):
+            return int(self.value)
+        raise ConfigError(f"{self.name} is {self.value!r}; expected a number")
+
+    def switch(self) -> bool:
+        if isinstance(self.value, bool):
+            return self.value
+        if isinstance(self.value, str) and self.value.lower() in _BOOLS:
+            return _BOOLS[self.value.lower()]
+        raise ConfigError(f"{self.name} is {self.value!r}; expected true or false")
+
+    def addresses(self) -> list[str]:
+        value = self.value
+        if isinstance(value, str):
+            return [one.strip() for one in value.split(",")]
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return value
+        raise ConfigError(f"{self.name} is of type {type(value).__name__}; expected host:port,host:port")
+
+
+def default_redis(
+    environ: Mapping[str, str],
+    *,
+    flags: Mapping[str, object] | None = None,
+    config_path: str | Path | None = None,
+) -> RedisConnOpt:
+    """Where Redis is, by the first of: flags, environment (`ASYNQ_URI` ...), config file, 127.0.0.1:6379.
+
+    The settings are those of Go's command line: uri, db, username, password, cluster, cluster_addrs, tls, tls_server
+    and insecure; in the environment in capitals behind `ASYNQ_`. What a URI says counts as said where the URI stands: a
+    password of the environment does not replace the one in a URI that is given as a flag.
+
+    Args:
+        environ: The environment, usually `os.environ`.
+        flags: Settings from the command line; None = not given.
+        config_path: The config file; None = `find_config_file(environ)`. YAML, JSON, or TOML by its suffix.
+    Raises:
+        ConfigError: a setting cannot be right, or the config file cannot be read.
+    """
+    given: dict[str, _Setting] = {}
+    path = Path(config_path) if config_path is not None else find_config_file(environ)
+    if path is not None:
+        for name, value in _read_config(path).items():
+            given[name] = _Setting(_FILE, f"{name} in {path}", value)
+    for name in _SETTINGS:
+        variable = f"ASYNQ_{name.upper()}"
+        if text := environ.get(variable):
+            given[name] = _Setting(_ENVIRONMENT, variable, text)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            given[name] = _Setting(_FLAG, f"--{name}", value)
+    return _combine(given)
+
+
+def find_config_file(environ: Mapping[str, str]) -> Path | None:
+    """`.asynq.yaml`, `.yml`, `.json` or `.toml` in the home directory, the first that is there."""
+    home = environ.get("HOME") or environ.get("USERPROFILE")
+    if not home:
+        return None
+    return next((path for name in _CONFIG_NAMES if (path := Path(home, name)).is_file()), None)
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"the config file {path} cannot be read: {exc.strerror or type(exc).__name__}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"the config file {path} is not UTF-8; save it as UTF-8") from exc
+    where = ""
+    try:
+        found: object = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except tomllib.TOMLDecodeError:
+        found, where = (), " as TOML"
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        found, where = (), f" as YAML{f', line {mark.line + 1}' if mark else ''}"
+    # Outside the handlers: the parsers' errors quote the file, and it may hold a password.
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"the config file {path} cannot be read{where}; expected lines such as 'uri: 127.0.0.1:6379'")
+    settings = {str(name).lower(): value for name, value in found.items() if value is not None}
+    for name in settings:
+        if name not in _SETTINGS:
+            near = difflib.get_close_matches(name, _SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_SETTINGS)}"
+            raise ConfigError(f"the config file {path} has the unknown key {name!r}; {hint}")
+    return settings
+
+
+def _combine(given: Mapping[str, _Setting]) -> RedisConnOpt:
+    uri, cluster = given.get("uri"), given.get("cluster")
+    opt: RedisConnOpt = RedisClientOpt()
+    uri_rank = _NOWHERE
+    db_said = False
+    if uri is not None:
+        opt, uri_rank = parse_redis_uri(uri.text()), uri.rank
+        db_said = _says_database(uri.text())
+    if cluster is not None and cluster.rank <= uri_rank and cluster.switch():
+        opt = _as_cluster(opt, uri, given.get("cluster_addrs"))
+
+    def wins(setting: _Setting | None, *, said_by_uri: bool) -> TypeGuard[_Setting]:
+        return setting is not None and (setting.rank <= uri_rank or not said_by_uri)
+
+    login_said = opt.password is not None
+    if wins(user := given.get("username"), said_by_uri=login_said):
+        opt = replace(opt, username=user.text())
+    if wins(password := given.get("password"), said_by_uri=login_said):
+        opt = replace(opt, password=password.text())
+    if wins(db := given.get("db"), said_by_uri=db_said):
+        opt = replace(opt, db=db.number())
+    tls, server, insecure = given.get("tls"), given.get("tls_server"), given.get("insecure")
+    wanted = opt.tls is not False or server is not None or (tls is not None and tls.switch())
+    if wanted:
+        options = opt.tls if isinstance(opt.tls, TLSOptions) else TLSOptions()
+        if wins(server, said_by_uri=options.server_name is not None):
+            options = replace(options, server_name=server.text())
+        if wins(insecure, said_by_uri=not options.verify) and insecure.switch():
+            options = replace(options, verify=False)
+        opt = replace(opt, tls=True if options == TLSOptions() else options)
+    return opt
+
+
+def _says_database(uri: str) -> bool:
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return False
+    parsed = _URI(scheme.lower(), rest)
+    return parsed.one("db") is not None or (parsed.form != "socket" and parsed.path.strip("/") != "")
+
+
+def _as_cluster(opt: RedisConnOpt, uri: _Setting | None, addrs: _Setting | None) -> RedisConnOpt:
+    """The cluster that `opt`, read from `uri`, is a node of."""
+    match opt:
+        case RedisClusterClientOpt():
+            return opt if addrs is None else replace(opt, addrs=addrs.addresses())
+        case RedisClientOpt() if opt.addr != EMBEDDED and not opt.addr.startswith("/"):
+            if addrs is not None:
+                seeds: Sequence[str] = addrs.addresses()
+            else:
+                seeds = CLUSTER_ADDRS if uri is None else [opt.addr]
+            return RedisClusterClientOpt(
+                addrs=seeds,
+                username=opt.username,
+                password=opt.password,
+                db=opt.db,
+                tls=opt.tls,
+                connect_timeout=opt.connect_timeout,
+                read_timeout=opt.read_timeout,
+                deadline=opt.deadline,
+            )
+        case _:
+            name = "the URI" if uri is None else uri.name
+            raise ConfigError(f"{name} is no address of a cluster node, but cluster is set; leave one of them out")

@@ -334,7 +334,7 @@ def _tls_context(tls: TLS) -> ssl.SSLContext | None:
             context.load_verify_locations(cafile=options.ca_file)
         except OSError as exc:  # ssl.SSLError is one
             raise ConfigError(
-                f"TLSOptions.ca_file {options.ca_file!r} cannot be read: {_reason(exc)}; expected certificates in PEM form"
+                f"TLSOptions.ca_file {options.ca_file!r} cannot be read: {_reason(exc)}; expected PEM certificates"
             ) from exc
     if options.cert_file is not None:
         try:
@@ -343,7 +343,8 @@ def _tls_context(tls: TLS) -> ssl.SSLContext | None:
         except OSError as exc:
             files = f"cert_file {options.cert_file!r} and key_file {options.key_file or options.cert_file!r}"
             raise ConfigError(
-                f"TLSOptions: {files} cannot be used: {_reason(exc)}; expected a certificate and its unencrypted key in PEM form"
+                f"TLSOptions: {files} cannot be used: {_reason(exc)}; "
+                "expected a certificate and its unencrypted key in PEM form"
             ) from exc
     return context
 
@@ -522,8 +523,9 @@ def _of_client(client: object) -> ConnectionSettings:
             pool: Any = client.connection_pool
         case _:
             raise ConfigError(
-                f"redis is of type {type(client).__module__}.{type(client).__qualname__}; expected a URI, RedisClientOpt, "
-                "RedisFailoverClientOpt, RedisClusterClientOpt, or a Redis or RedisCluster client of redis-py 8"
+                f"redis is of type {type(client).__module__}.{type(client).__qualname__}; expected a URI, "
+                "RedisClientOpt, RedisFailoverClientOpt, RedisClusterClientOpt, "
+                "or a Redis or RedisCluster client of redis-py 8"
             )
     if isinstance(pool, SentinelConnectionPool | redis.sentinel.SentinelConnectionPool):
         return _of_sentinel_pool(pool)
@@ -646,7 +648,8 @@ def _tls_of_kwargs(kwargs: Mapping[str, Any]) -> ssl.SSLContext:
     for name, value in kwargs.items():
         if name.startswith("ssl_") and name not in _TLS_KEYS and value:
             raise ConfigError(
-                f"redis is set to {name}, which redis-py's asyncio connections do not have; pass an ssl.SSLContext as tls of an option"
+                f"redis is set to {name}, which redis-py's asyncio connections do not have; "
+                "pass an ssl.SSLContext as tls of an option"
             )
     settings: dict[str, Any] = {"cert_reqs": "required", "check_hostname": True}
     settings.update({ours: kwargs[theirs] for theirs, ours in _TLS_KEYS.items() if theirs in kwargs})
