@@ -25,29 +25,25 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61synq_aio/_wire/asynq.proto\x12\tasynq_aio\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x02\n\x0bTaskMessage\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\n\n\x02id\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\x12\r\n\x05retry\x18\x05 \x01(\x05\x12\x0f\n\x07retried\x18\x06 \x01(\x05\x12\x11\n\terror_msg\x18\x07 \x01(\t\x12\x0f\n\x07timeout\x18\x08 \x01(\x03\x12\x10\n\x08\x64\x65\x61\x64line\x18\t \x01(\x03\x12\x12\n\nunique_key\x18\n \x01(\t\x12\x16\n\x0elast_failed_at\x18\x0b \x01(\x03\x12\x11\n\tretention\x18\x0c \x01(\x03\x12\x14\n\x0c\x63ompleted_at\x18\r \x01(\x03\x12\x11\n\tgroup_key\x18\x0e \x01(\t\x12\x34\n\x07headers\x18\x0f \x03(\x0b\x32#.asynq_aio.TaskMessage.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa7\x02\n\nServerInfo\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0b\x63oncurrency\x18\x04 \x01(\x05\x12\x31\n\x06queues\x18\x05 \x03(\x0b\x32!.asynq_aio.ServerInfo.QueuesEntry\x12\x17\n\x0fstrict_priority\x18\x06 \x01(\x08\x12\x0e\n\x06status\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13\x61\x63tive_worker_count\x18\t \x01(\x05\x1a-\n\x0bQueuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xe1\x01\n\nWorkerInfo\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x0f\n\x07task_id\x18\x04 \x01(\t\x12\x11\n\ttask_type\x18\x05 \x01(\t\x12\x14\n\x0ctask_payload\x18\x06 \x01(\x0c\x12\r\n\x05queue\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x01\n\x0eSchedulerEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\x11\n\ttask_type\x18\x03 \x01(\t\x12\x14\n\x0ctask_payload\x18\x04 \x01(\x0c\x12\x17\n\x0f\x65nqueue_options\x18\x05 \x03(\t\x12\x35\n\x11next_enqueue_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11prev_enqueue_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x15SchedulerEnqueueEvent\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x30\n\x0c\x65nqueue_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61synq_aio/_wire/asynq.proto\x12\tasynq_aio\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x02\n\x0bTaskMessage\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\n\n\x02id\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\x12\r\n\x05retry\x18\x05 \x01(\x05\x12\x0f\n\x07retried\x18\x06 \x01(\x05\x12\x11\n\terror_msg\x18\x07 \x01(\t\x12\x0f\n\x07timeout\x18\x08 \x01(\x03\x12\x10\n\x08\x64\x65\x61\x64line\x18\t \x01(\x03\x12\x12\n\nunique_key\x18\n \x01(\t\x12\x16\n\x0elast_failed_at\x18\x0b \x01(\x03\x12\x11\n\tretention\x18\x0c \x01(\x03\x12\x14\n\x0c\x63ompleted_at\x18\r \x01(\x03\x12\x11\n\tgroup_key\x18\x0e \x01(\t\x12.\n\x07headers\x18\x0f \x03(\x0b\x32\x1d.asynq_aio.TaskMessage.Header\x1a@\n\x06Header\x12\x10\n\x03key\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05value\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x06\n\x04_keyB\x08\n\x06_value\"\xb3\x02\n\nServerInfo\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0b\x63oncurrency\x18\x04 \x01(\x05\x12+\n\x06queues\x18\x05 \x03(\x0b\x32\x1b.asynq_aio.ServerInfo.Queue\x12\x17\n\x0fstrict_priority\x18\x06 \x01(\x08\x12\x0e\n\x06status\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13\x61\x63tive_worker_count\x18\t \x01(\x05\x1a?\n\x05Queue\x12\x10\n\x03key\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05value\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x06\n\x04_keyB\x08\n\x06_value\"\xe1\x01\n\nWorkerInfo\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x0f\n\x07task_id\x18\x04 \x01(\t\x12\x11\n\ttask_type\x18\x05 \x01(\t\x12\x14\n\x0ctask_payload\x18\x06 \x01(\x0c\x12\r\n\x05queue\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x01\n\x0eSchedulerEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\x11\n\ttask_type\x18\x03 \x01(\t\x12\x14\n\x0ctask_payload\x18\x04 \x01(\x0c\x12\x17\n\x0f\x65nqueue_options\x18\x05 \x03(\t\x12\x35\n\x11next_enqueue_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11prev_enqueue_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x15SchedulerEnqueueEvent\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x30\n\x0c\x65nqueue_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'asynq_aio._wire.asynq_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKMESSAGE_HEADERSENTRY']._loaded_options = None
-  _globals['_TASKMESSAGE_HEADERSENTRY']._serialized_options = b'8\001'
-  _globals['_SERVERINFO_QUEUESENTRY']._loaded_options = None
-  _globals['_SERVERINFO_QUEUESENTRY']._serialized_options = b'8\001'
   _globals['_TASKMESSAGE']._serialized_start=76
-  _globals['_TASKMESSAGE']._serialized_end=439
-  _globals['_TASKMESSAGE_HEADERSENTRY']._serialized_start=393
-  _globals['_TASKMESSAGE_HEADERSENTRY']._serialized_end=439
-  _globals['_SERVERINFO']._serialized_start=442
-  _globals['_SERVERINFO']._serialized_end=737
-  _globals['_SERVERINFO_QUEUESENTRY']._serialized_start=692
-  _globals['_SERVERINFO_QUEUESENTRY']._serialized_end=737
-  _globals['_WORKERINFO']._serialized_start=740
-  _globals['_WORKERINFO']._serialized_end=965
-  _globals['_SCHEDULERENTRY']._serialized_start=968
-  _globals['_SCHEDULERENTRY']._serialized_end=1186
-  _globals['_SCHEDULERENQUEUEEVENT']._serialized_start=1188
-  _globals['_SCHEDULERENQUEUEEVENT']._serialized_end=1278
+  _globals['_TASKMESSAGE']._serialized_end=451
+  _globals['_TASKMESSAGE_HEADER']._serialized_start=387
+  _globals['_TASKMESSAGE_HEADER']._serialized_end=451
+  _globals['_SERVERINFO']._serialized_start=454
+  _globals['_SERVERINFO']._serialized_end=761
+  _globals['_SERVERINFO_QUEUE']._serialized_start=698
+  _globals['_SERVERINFO_QUEUE']._serialized_end=761
+  _globals['_WORKERINFO']._serialized_start=764
+  _globals['_WORKERINFO']._serialized_end=989
+  _globals['_SCHEDULERENTRY']._serialized_start=992
+  _globals['_SCHEDULERENTRY']._serialized_end=1210
+  _globals['_SCHEDULERENQUEUEEVENT']._serialized_start=1212
+  _globals['_SCHEDULERENQUEUEEVENT']._serialized_end=1302
 # @@protoc_insertion_point(module_scope)

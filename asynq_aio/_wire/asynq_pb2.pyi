@@ -7,6 +7,9 @@ The messages that asynq programs leave in Redis, in any language; field numbers 
 is never on the wire, and Python has one registry per process, where a program's own copy of asynq's file would
 collide with this one.
 
+Go's file has map<string, string> and map<string, int32> where this one has repeated entries: the same bytes. But of a
+map, protobuf for Python drops an entry with a field that it does not know, which Go reads.
+
 Never add a field here: a Go program that retries, archives or completes a task drops what it does not know.
 """
 
@@ -33,24 +36,32 @@ class TaskMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class HeadersEntry(_message.Message):
+    class Header(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
+        """optional: both are written even where they are empty"""
         value: _builtins.str
         def __init__(
             self,
             *,
-            key: _builtins.str = ...,
-            value: _builtins.str = ...,
+            key: _builtins.str | None = ...,
+            value: _builtins.str | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_value", b"_value", "key", b"key", "value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_value", b"_value", "key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+        _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+        _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+        _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
 
     TYPE_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
@@ -91,7 +102,9 @@ class TaskMessage(_message.Message):
     """Unix seconds; 0: not completed"""
     group_key: _builtins.str
     @_builtins.property
-    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskMessage.Header]:
+        """sorted by key; of equal keys the last counts"""
+
     def __init__(
         self,
         *,
@@ -109,7 +122,7 @@ class TaskMessage(_message.Message):
         retention: _builtins.int = ...,
         completed_at: _builtins.int = ...,
         group_key: _builtins.str = ...,
-        headers: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        headers: _abc.Iterable[Global___TaskMessage.Header] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -126,7 +139,7 @@ class ServerInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class QueuesEntry(_message.Message):
+    class Queue(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -136,14 +149,21 @@ class ServerInfo(_message.Message):
         def __init__(
             self,
             *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
+            key: _builtins.str | None = ...,
+            value: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_value", b"_value", "key", b"key", "value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_value", b"_value", "key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+        _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+        _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+        _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
 
     HOST_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
@@ -163,8 +183,8 @@ class ServerInfo(_message.Message):
     """new, active, stopped, closed"""
     active_worker_count: _builtins.int
     @_builtins.property
-    def queues(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """priorities as configured"""
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerInfo.Queue]:
+        """name and priority as configured, sorted by name"""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -175,7 +195,7 @@ class ServerInfo(_message.Message):
         pid: _builtins.int = ...,
         server_id: _builtins.str = ...,
         concurrency: _builtins.int = ...,
-        queues: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        queues: _abc.Iterable[Global___ServerInfo.Queue] | None = ...,
         strict_priority: _builtins.bool = ...,
         status: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,

@@ -16,7 +16,7 @@ them. Names are used verbatim. Nothing is cached but a queue's slot: an f-string
     asynq:{queue}:aggregation_sets        ZSET    key of a staged set -> Unix seconds of its deadline
     asynq:{queue}:unique:<type>:<md5>     STRING  ID of the task that holds the lock; TTL
     asynq:{queue}:processed, failed       STRING  counters; with :<YYYY-MM-DD> those of a day in UTC
-    asynq:{queue}:aio:enq:<client>        HASH    our own: number and verdicts of the client's last enqueue call; TTL
+    asynq:{queue}:aio:enq:<client>        STRING  our own: number and verdicts of the client's last enqueue call; TTL
     asynq:{queue}:aio:fence:<server>      STRING  our own: claims up to this number are void; TTL
     asynq:{queue}:aio:ghost               ZSET    our own: ID that was met without a hash -> Unix seconds
 
@@ -297,5 +297,5 @@ def slot(key: str | bytes) -> int:
 
 @lru_cache(maxsize=4096)
 def queue_slot(queue: str) -> int:
-    """The slot of the queue's keys."""
-    return slot(prefix(queue))
+    """The slot of the queue's keys; where they are in several (the name begins with `}`), of its pending list."""
+    return slot(pending(queue))
