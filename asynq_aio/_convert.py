@@ -102,7 +102,7 @@ def parse_json(payload: bytes, wanted: str) -> Any:  # noqa: ANN401  (JSON has n
     if not payload:
         raise PayloadError(None, wanted, "no payload")
     try:
-        return orjson.loads(payload)
+        return orjson.loads(memoryview(payload))  # a view, as orjson refuses subclasses of bytes
     except orjson.JSONDecodeError as exc:
         raise PayloadError(None, wanted, f"{len(payload)} bytes that are not JSON ({exc})") from exc
 
@@ -287,6 +287,11 @@ _SCALARS: Final[Mapping[object, Converter]] = {
     dict: to_dict,
 }
 
+_TRANSPARENT: Final = frozenset(
+    {typing.Annotated, typing.Required, typing.NotRequired, typing.Final, getattr(typing, "ReadOnly", typing.Final)}
+)
+"""What stands around a type without changing what its values look like; `ReadOnly` came with Python 3.13."""
+
 SUPPORTED: Final = (
     "dataclasses, TypedDict, pydantic models, msgspec structs; in their fields also bool, int, float, str, "
     "bytes (Base64), Decimal, datetime, date, time, timedelta, UUID, Enum, Literal, list, tuple, set, frozenset, dict, "
@@ -369,9 +374,7 @@ class _Builder:
         return self._generic(model, typing.get_origin(model) or model, typing.get_args(model))
 
     def _generic(self, model: object, origin: object, args: tuple[Any, ...]) -> Converter:
-        if origin is typing.Annotated or origin is typing.Required or origin is typing.NotRequired:
-            return self.build(args[0])
-        if origin is typing.Final and args:
+        if origin in _TRANSPARENT and args:
             return self.build(args[0])
         if origin is typing.Literal:
             return _literal(args)
@@ -418,7 +421,7 @@ class _Builder:
                 f"{model.__module__}; import it there, outside of `if TYPE_CHECKING`"
             ) from exc
         if typing.is_typeddict(model):
-            names, required = list(hints), model.__required_keys__
+            names, required = list(hints), {name for name in hints if _is_required(model, name, hints[name])}
         else:
             if any(type(hint) is dataclasses.InitVar for hint in hints.values()):
                 raise ConfigError(
@@ -434,6 +437,14 @@ class _Builder:
             except ConfigError as exc:
                 raise ConfigError(f"{name_of(model)}.{name}: {exc}") from exc
         return made
+
+
+def _is_required(model: Any, name: str, hint: object) -> bool:  # noqa: ANN401  (no type for a TypedDict class)
+    """Tell whether a TypedDict must have this key; its own __required_keys__ does not see into annotations as text."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    origin = typing.get_origin(hint)
+    return origin is typing.Required or (origin is not typing.NotRequired and name in model.__required_keys__)
 
 
 class _Object:
