@@ -13,8 +13,10 @@ __all__ = ["publish"]
 
 
 async def publish(store: Store, task_id: str) -> int:
-    """Ask whichever server runs this task to stop it; how many listeners this Redis node had (0 proves nothing in a cluster).
+    """Ask whichever server runs this task to stop it.
 
+    Returns:
+        How many listeners this Redis node had; in a cluster 0 proves nothing.
     Redis:
         asynq:cancel    channel    task ID
     Source:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from asynq_aio._broker.scripts import load
 from asynq_aio._wire import keys
 from asynq_aio._wire.limits import LEASE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from asynq_aio._broker.store import Store
 
-__all__ = ["Claim", "Status", "adopt", "claim", "new_claim"]
+__all__ = ["REPLY_BYTES", "Claim", "Claimed", "Status", "adopt", "claim", "new_claim"]
 
 _CLAIM = load("claim")
 _ADOPT = load("adopt")
 
 # A reply this long keeps others on the same connection waiting for about a millisecond.
-_REPLY_BYTES = 1 << 20
+REPLY_BYTES = 1 << 20
 _FENCE_SECONDS = 120
 
 Status = Literal["tasks", "empty", "paused", "fenced", "tryagain"]
+
+
+class Claimed(NamedTuple):
+    """A task that this server has now."""
+
+    task_id: bytes
+    encoded: bytes
+    pending_since_ns: bytes
+    """Unix nanoseconds as decimal text; empty where nobody wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,8 @@ def new_claim(store: Store, queue: str, server: str, number: int) -> Claim:
     return Claim(queue, server, number, int(store.now()) + LEASE_SECONDS)
 
 
-async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[tuple[bytes, bytes]]]:
-    """Take up to `n` tasks, oldest first: (ID, message bytes) each, with a lease until `attempt.expires_unix`.
+async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[Claimed]]:
+    """Take up to `n` tasks, oldest first, with a lease until `attempt.expires_unix`.
 
     A queue that is empty or paused gives none, and so does one whose slot is moving ("tryagain").
 
@@ -72,16 +81,23 @@ async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[tupl
         keys.fence(queue, attempt.server.rpartition(":")[2]),
         keys.ghost(queue),
     ]
-    args = [attempt.server, attempt.number, attempt.expires_unix, n, _REPLY_BYTES, keys.task_prefix(queue)]
+    args: list[str | int] = [
+        attempt.server,
+        attempt.number,
+        attempt.expires_unix,
+        n,
+        REPLY_BYTES,
+        keys.task_prefix(queue),
+    ]
     reply = await store.run(_CLAIM, names, args, repeatable=False)
-    return reply[0].decode(), list(_pairs(reply))
+    return reply[0].decode(), _tasks(reply)
 
 
-async def adopt(store: Store, lost: Claim) -> tuple[bool, list[tuple[bytes, bytes]]]:
+async def adopt(store: Store, lost: Claim) -> tuple[bool, list[Claimed]]:
     """What a claim took whose reply was lost. It takes nothing more, should it still be on its way.
 
     Returns:
-        Whether that is all (False: the slot is moving, ask again), and (ID, message bytes) of each task.
+        Whether that is all (False: the slot is moving, ask again), and the tasks.
     Raises:
         BrokerUnavailableError: nobody can tell yet; ask again.
     Redis:
@@ -89,10 +105,10 @@ async def adopt(store: Store, lost: Claim) -> tuple[bool, list[tuple[bytes, byte
     """
     queue = lost.queue
     names = [keys.fence(queue, lost.server.rpartition(":")[2]), keys.active(queue), keys.lease(queue)]
-    args = [lost.owner, lost.number, lost.expires_unix, _FENCE_SECONDS, keys.task_prefix(queue)]
+    args: list[str | int] = [lost.owner, lost.number, lost.expires_unix, _FENCE_SECONDS, keys.task_prefix(queue)]
     reply = await store.run(_ADOPT, names, args)
-    return reply[0] == b"whole", list(_pairs(reply))
+    return reply[0] == b"whole", _tasks(reply)
 
 
-def _pairs(reply: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    return zip(reply[1::2], reply[2::2], strict=True)
+def _tasks(reply: Sequence[bytes]) -> list[Claimed]:
+    return list(map(Claimed, reply[1::3], reply[2::3], reply[3::3]))

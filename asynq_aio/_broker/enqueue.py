@@ -58,22 +58,30 @@ async def register(store: Store, queue: str) -> None:
 
 
 async def enqueue(
-    store: Store, queue: str, entries: Sequence[Entry], *, client_id: str, number: int
+    store: Store,
+    queue: str,
+    entries: Sequence[Entry],
+    *,
+    client_id: str,
+    number: int,
+    deadline: float | None = None,
 ) -> list[AsynqError | None]:
     """For each entry: None, it is enqueued, or the error of that one; the others are not touched by it.
 
-    Safe to repeat: Redis keeps number and verdicts of this client's last call to this queue. So a client has one call in
-    flight per queue, and the next one has a higher `number`.
+    Safe to repeat: Redis keeps number and verdicts of this client's last call to this queue. So a client has one call
+    in flight per queue, and the next one has a higher `number`.
 
     Raises:
         BrokerFullError, BrokerUnavailableError: none is enqueued, or (`sent`) nobody can tell.
     Redis:
         asynq:{queue}:pending | scheduled | g:<group>, groups    + ID
-        asynq:{queue}:t:<id>    HASH    msg, state and, by state, pending_since, group, unique_key, aio_due_ns, aio_group
+        asynq:{queue}:t:<id>    HASH    msg, state and, by state, pending_since, group, unique_key, aio_due_ns,
+                                        aio_group
         its unique lock         STRING  ID, with a TTL
         asynq:{queue}:aio:enq:<client>    STRING    number and verdicts
     Source:
-        hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.Enqueue, EnqueueUnique, Schedule, ScheduleUnique, AddToGroup, AddToGroupUnique
+        hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.Enqueue, EnqueueUnique, Schedule, ScheduleUnique,
+        AddToGroup, AddToGroupUnique
     """
     now_ns = store.now_ns()
     names: list[str | bytes] = [
@@ -110,7 +118,7 @@ async def enqueue(
             args += ("g", message.id, entry.encoded, new.unique_ttl, message.group_key)
         if new.unique_ttl:
             names.append(message.unique_key)
-    verdicts = await store.run(_ENQUEUE, names, args)
+    verdicts = await store.run(_ENQUEUE, names, args, deadline=deadline)
     if len(verdicts) != len(entries):
         raise OutcomeUnknownError(f"enqueue call {number} to queue {queue!r} came after a later one of the same client")
     return [_error(queue, entry, verdict) for entry, verdict in zip(entries, verdicts, strict=True)]

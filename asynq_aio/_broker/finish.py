@@ -177,18 +177,20 @@ async def finish(store: Store, queue: str, outcomes: Sequence[Outcome]) -> list[
 
 
 def _verdict(outcome: Outcome, number: int) -> Verdict:
-    if number == 2:  # noqa: PLR2004  (finish.lua: not ours, but as this call would have left it)
+    if number == 2:
         return Verdict.WRITTEN if outcome.sent else Verdict.LOST
     return Verdict(number)
 
 
 def _lock(queue: str, unique_key: str) -> int:
-    """1 where the lock may be named in the call. A message can name any key: one in another slot would fail the whole call."""
+    """1 where the lock may be named in the call. A message can name any key: one elsewhere would fail the call."""
     if not unique_key:
         return 0
     if keys.slot(unique_key) == keys.queue_slot(queue):
         return 1
-    logger.warning("queue %r: a message names a unique lock outside of its queue, %r: it is left alone", queue, unique_key)
+    logger.warning(
+        "queue %r: a message names a unique lock outside of its queue, %r: it is left alone", queue, unique_key
+    )
     return 0
 
 

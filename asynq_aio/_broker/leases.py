@@ -24,8 +24,8 @@ _LEND = load("lend")
 class Lease:
     """One task in `active`, as somebody knows it who wants to change it.
 
-    Its holder knows the owner it wrote and the highest expiry it ever sent; a score above that means another has the task
-    (Go's servers leave our owner in the hash when they take it). A recoverer knows the score it saw: `exact`.
+    Its holder knows the owner it wrote and the highest expiry it ever sent; a score above that means another has the
+    task (Go's servers leave our owner in the hash when they take it). A recoverer knows the score it saw: `exact`.
     """
 
     queue: str
@@ -43,10 +43,13 @@ class Lease:
         return prefix + self.task_id if isinstance(self.task_id, str) else prefix.encode() + self.task_id
 
 
-async def extend(store: Store, queue: str, leases: Sequence[Lease], expires_unix: int) -> None:
+async def extend(
+    store: Store, queue: str, leases: Sequence[Lease], expires_unix: int, *, deadline: float | None = None
+) -> None:
     """Raise the expiry of `leases`, all of `queue`; one that is gone stays gone.
 
-    Only for leases whose last extension succeeded less than 10 s ago, for nobody can have taken the task since; else `regain`.
+    Only for leases whose last extension succeeded less than 10 s ago: nobody can have taken the task since. Else
+    `regain`.
 
     Raises:
         BrokerUnavailableError: the leases may be as they were.
@@ -62,12 +65,14 @@ async def extend(store: Store, queue: str, leases: Sequence[Lease], expires_unix
         part = leases[first : first + 1000]
         pairs = [value for lease in part for value in (expires_unix, lease.task_id)]
         try:
-            await store.call("ZADD", name, "XX", "GT", *pairs, key=name, lane="lease")
+            await store.call("ZADD", name, "XX", "GT", *pairs, key=name, deadline=deadline, lane="lease")
         except BrokerFullError:  # ZADD is refused in a full Redis; the script is not
-            await regain(store, queue, part, expires_unix)
+            await regain(store, queue, part, expires_unix, deadline=deadline)
 
 
-async def regain(store: Store, queue: str, leases: Sequence[Lease], expires_unix: int) -> list[Lease]:
+async def regain(
+    store: Store, queue: str, leases: Sequence[Lease], expires_unix: int, *, deadline: float | None = None
+) -> list[Lease]:
     """After a silence: raise the expiry of the leases that their owner still holds.
 
     Returns:
@@ -86,13 +91,13 @@ async def regain(store: Store, queue: str, leases: Sequence[Lease], expires_unix
         for lease in part:
             args += (lease.task_id, lease.owner, max(lease.expires_unix, expires_unix))
             lease.expires_unix = max(lease.expires_unix, expires_unix)
-        verdicts = await store.run(_REGAIN, names, args, lane="lease")
+        verdicts = await store.run(_REGAIN, names, args, deadline=deadline, lane="lease")
         lost += [lease for lease, verdict in zip(part, verdicts, strict=True) if verdict == 0]
     return lost
 
 
 async def without_lease(store: Store, queue: str) -> set[bytes]:
-    """IDs that stand in `active` and have no lease: damage, unless the two looks lie around a transition; look twice."""
+    """IDs that stand in `active` and have no lease: damage, if a second look finds them again."""
     active = await store.call("LRANGE", keys.active(queue), 0, -1, key=keys.active(queue))
     if not active:
         return set()
@@ -101,6 +106,10 @@ async def without_lease(store: Store, queue: str) -> set[bytes]:
 
 
 async def lend(store: Store, queue: str, task_ids: Sequence[bytes], expires_unix: int) -> int:
-    """Give a lease to what stands in `active` without one, so that the rule of expired leases reaches it; how many got one."""
+    """Give a lease to what stands in `active` without one, so that the rule of expired leases reaches it.
+
+    Returns:
+        How many got one.
+    """
     names = [keys.active(queue), keys.lease(queue)]
     return len(await store.run(_LEND, names, [expires_unix, *task_ids]))

@@ -35,12 +35,16 @@ async def delete_expired(store: Store, queue: str, batch: int, now_unix: int | N
         hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.DeleteExpiredCompletedTasks
     """
     names = [keys.completed(queue)]
-    gone, left = await store.run(_RETENTION, names, ["" if now_unix is None else now_unix, batch, keys.task_prefix(queue)])
+    gone, left = await store.run(
+        _RETENTION, names, ["" if now_unix is None else now_unix, batch, keys.task_prefix(queue)]
+    )
     return gone, left
 
 
 async def sweep(store: Store, queue: str, *, batch: int, forget_unix: int) -> tuple[int, int]:
-    """IDs that a claim found without a hash: back to pending where it is there again, else forgotten after `forget_unix`.
+    """IDs that a claim found without a hash: back to pending where it is there again, else forgotten in the end.
+
+    What was found before `forget_unix`, Unix seconds, is forgotten.
 
     Returns:
         How many were put back, how many forgotten.

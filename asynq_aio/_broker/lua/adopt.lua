@@ -7,7 +7,7 @@
 -- ARGV
 --   1  owner of that claim, <host>:<pid>:<server id>/<number>    2  its number    3  the lease expiry it sent, Unix seconds
 --   4  the fence's life, seconds    5  prefix of task hashes (found inside, same hash tag)
--- Returns {status, id, msg, id, msg ...}; status "whole", or "tryagain": the slot is moving and some could not be seen.
+-- Returns {status, id, msg, "", id, msg, "" ...}, as a claim does; status "whole", or "tryagain": the slot is moving and some could not be seen.
 --
 -- A score above the claim's own means that another server has the task by now, though Go leaves our owner in the hash.
 -- include: look
@@ -23,6 +23,7 @@ for _, id in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
     if score and tonumber(score) <= tonumber(ARGV[3]) then
       reply[#reply + 1] = id
       reply[#reply + 1] = fields[2]
+      reply[#reply + 1] = ''
     end
   end
 end

@@ -10,7 +10,7 @@
 -- ARGV
 --   1  owner, <host>:<pid>:<server id>    2  claim number, rising per server    3  lease expiry, Unix seconds
 --   4  n    5  most bytes of messages; one task is always taken    6  prefix of task hashes (found inside, same hash tag)
--- Returns {status, id, msg, id, msg ...}; status:
+-- Returns {status, id, msg, pending_since, id, msg, pending_since ...} (pending_since: Unix ns, "" = not known); status:
 --   "tasks"     at least one      "empty"  the list is      "paused"   the queue is
 --   "fenced"    this claim was given up: a late first copy  "tryagain" the slot is moving: nothing could be reached
 --
@@ -29,18 +29,19 @@ local looked = 0
 for i = #ids, 1, -1 do
   local id = ids[i]
   local task = prefix .. id
-  local msg = redis.pcall('HGET', task, 'msg')
-  if unreachable(msg) then
+  local fields = redis.pcall('HMGET', task, 'msg', 'pending_since')
+  if unreachable(fields) then
     stay[#stay + 1] = id
-  elseif failed(msg) or not msg then
+  elseif failed(fields) or not fields[1] then
     ghosts[#ghosts + 1] = id
   else
-    bytes_left = bytes_left - #msg
+    bytes_left = bytes_left - #fields[1]
     if bytes_left < 0 and #tasks > 0 then break end
     tasks[#tasks + 1] = id
     keys[#keys + 1] = task
     reply[#reply + 1] = id
-    reply[#reply + 1] = msg
+    reply[#reply + 1] = fields[1]
+    reply[#reply + 1] = fields[2] or ''
   end
   looked = looked + 1
 end

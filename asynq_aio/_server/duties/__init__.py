@@ -1,1 +1,1 @@
-"""asynq_aio."""
+"""What runs as long as the server runs, one file each."""
