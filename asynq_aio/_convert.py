@@ -404,10 +404,13 @@ class _Builder:
             raise ConfigError(
                 f"{model}: two kinds of object cannot be told apart; use one, or a discriminated union of pydantic's"
             )
-        members = [self.build(arg) for arg in args if arg is not types.NoneType]
+        # Python holds `str | UUID` and `UUID | str` for equal, so the order decides nothing: what fits any text comes last.
+        kinds = sorted((arg for arg in args if arg is not types.NoneType), key=lambda arg: (arg is str, arg is bytes))
+        members = [self.build(kind) for kind in kinds]
         if len(members) == 1:
             return _optional(members[0])
-        return _first_of(members, allow_none=types.NoneType in args)
+        numbers = {kind: _SCALARS[kind] for kind in kinds if kind in {int, float}}  # each stays what it is
+        return _first_of(members, numbers, allow_none=types.NoneType in args)
 
     def _object(self, model: Any) -> _Object:  # noqa: ANN401  (a dataclass or a TypedDict: no common type)
         if model in self._objects:
@@ -478,10 +481,12 @@ def _optional(convert: Converter) -> Converter:
     return lambda value: None if value is None else convert(value)
 
 
-def _first_of(members: list[Converter], *, allow_none: bool) -> Converter:
+def _first_of(members: list[Converter], exact: Mapping[type, Converter], *, allow_none: bool) -> Converter:
     def convert(value: object) -> object:
         if value is None and allow_none:
             return None
+        if type(value) in exact:
+            return exact[type(value)](value)
         wanted = ["null"] if allow_none else []
         for member in members:
             try:

@@ -17,6 +17,7 @@ from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from asynq_aio._context import Context
@@ -207,6 +208,8 @@ def _threaded(function: Callable[..., object], arguments: list[_Argument]) -> Ha
                     except asyncio.CancelledError as exc:
                         cancelled = exc
         if cancelled is None:
+            if not thread.cancelled() and thread.exception() is not None:
+                await anyio.lowlevel.checkpoint_if_cancelled()
             result = thread.result()
             return await result if inspect.isawaitable(result) else result  # a decorator hid a coroutine function
         if thread.cancelled() or thread.exception() is not None:

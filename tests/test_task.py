@@ -376,6 +376,25 @@ def test_decode_names_what_does_not_fit(change: dict[str, object], key: str, wan
     assert (caught.value.key, caught.value.wanted, caught.value.found) == (key, wanted, found)
 
 
+@pytest.mark.parametrize("model", [int | float | None, float | int | None, UUID | str | int, str | int | UUID])
+@pytest.mark.parametrize("value", [3, 3.0])
+def test_decode_of_a_union_does_not_depend_on_its_order(model: Any, value: float) -> None:
+    """A number stays what it is where both kinds may come."""
+    found: Any = payload(value).decode(model)
+    assert found == 3
+    assert type(found) is (type(value) if float in model.__args__ else int)
+
+
+@pytest.mark.parametrize("model", [UUID | str | None, str | UUID | None])
+def test_decode_of_a_union_with_texts(model: Any) -> None:
+    """What has a stricter form than text is tried first."""
+    assert payload(str(ID)).decode(model) == ID
+    assert payload("x").decode(model) == "x"
+    assert payload(None).decode(model) is None
+    with pytest.raises(PayloadError, match="wanted null or a UUID or a text, found the number 5"):
+        payload(5).decode(model)
+
+
 def test_decode_of_a_recursive_dataclass() -> None:
     """A dataclass may hold itself."""
     assert payload({"value": 1, "next": {"value": 2}}).decode(Node) == Node(1, Node(2))
