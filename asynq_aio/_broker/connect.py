@@ -409,10 +409,16 @@ class _EmbeddedConnection(_UnixConnection):
     """To the private server of this process, which the first connection starts."""
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Start the server, unless it runs, and dial it."""
+        """Start the server, unless it runs, and dial it.
+
+        Raises:
+            ConfigError: there is no server to start.
+            BrokerUnavailableError: it did not start.
+        """
         from asynq_aio._broker.embedded import private_server
 
-        self.path = await private_server()
+        server = await asyncio.to_thread(private_server)  # left alone when we are cancelled: the next caller finds it
+        self.path = str(server.unix_socket)
         await super().connect_check_health(check_health, retry_socket_connect)
 
 
