@@ -404,7 +404,7 @@ class _Builder:
             raise ConfigError(
                 f"{model}: two kinds of object cannot be told apart; use one, or a discriminated union of pydantic's"
             )
-        # Python holds `str | UUID` and `UUID | str` for equal, so the order decides nothing: what fits any text comes last.
+        # Python holds `str | UUID` and `UUID | str` for equal, so order must not matter: what fits any text comes last.
         kinds = sorted((arg for arg in args if arg is not types.NoneType), key=lambda arg: (arg is str, arg is bytes))
         members = [self.build(kind) for kind in kinds]
         if len(members) == 1:

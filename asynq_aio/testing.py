@@ -90,7 +90,7 @@ async def run(
     over = asyncio.get_running_loop().call_later(left, context.end, "context deadline exceeded")
     try:
         async with asyncio.timeout(left) as limit_of_time:
-            return await call(context, task)
+            result = await call(context, task)
     except TimeoutError as exc:
         if limit_of_time.expired():
             raise TaskCancelledError("context deadline exceeded") from exc  # Go's text
@@ -98,3 +98,6 @@ async def run(
     finally:
         over.cancel()
         unbind(token)
+    if limit_of_time.expired():  # it went on all the same, which comes too late in a server too
+        raise TaskCancelledError("context deadline exceeded")
+    return result

@@ -370,7 +370,7 @@ async def test_cancelled_thread_that_gives_up() -> None:
 
 
 async def test_cancelled_thread_that_finishes() -> None:
-    """Work that was done all the same counts."""
+    """What a thread returns after its cancellation is not thrown away: the server judges it."""
     assert (await cancel_in_thread(Blocker(lambda ctx: ctx.cancelled))).result() is True
 
 

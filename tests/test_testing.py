@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -136,6 +137,18 @@ async def test_timeout(thread: bool) -> None:
     with pytest.raises(TaskCancelledError, match="context deadline exceeded"):
         await testing.run(handler, "x", timeout=timedelta(milliseconds=20))
     assert told.is_set()
+
+
+async def test_timeout_that_the_handler_ignores() -> None:
+    """What comes after the deadline comes too late, though the handler swallowed its cancellation."""
+
+    async def stubborn(task: Task) -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        return "done"
+
+    with pytest.raises(TaskCancelledError, match="context deadline exceeded"):
+        await testing.run(stubborn, "x", timeout=timedelta(milliseconds=20))
 
 
 async def test_result_without_a_place() -> None:

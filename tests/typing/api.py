@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, assert_type
 
-from asynq_aio._context import Context, current_context
-from asynq_aio._handler import Handler, ServeMux
-from asynq_aio._task import Payload, Task, TaskInfo, TaskState
+from asynq_aio import Context, Handler, Payload, ServeMux, Task, TaskInfo, TaskState, current_context
 from asynq_aio.testing import run
 
 
