@@ -185,8 +185,8 @@ def _threaded(function: Callable[..., object], arguments: list[_Argument]) -> Ha
     """Adapt a plain function; it runs in a thread of anyio's, with the context variables of the child that awaits it.
 
     Cancellation does not reach a thread. So the child waits until the thread ends, and with it the slot of the worker
-    and the place in the limiter are taken as long as the work goes on; `ctx.cancelled` asks the function to give up. What
-    it returns all the same is returned, for the server to judge; an error of a cancelled one is the cancellation.
+    and the place in the limiter are taken as long as the work goes on; `ctx.cancelled` asks the function to give up.
+    What it returns all the same is returned, for the server to judge; an error of a cancelled one is the cancellation.
     """
 
     async def handle(ctx: Context, task: Task) -> object:
