@@ -2,8 +2,8 @@
 
     python benchmarks/drain.py [--tasks 20000] [--concurrency 100] [--rounds 3] [--uri redis://...]
 
-The bare loop claims and finishes through the same door and the same scripts, and decodes each message, but has no handler,
-no child task, no deadline, no lease and no duty: what it reaches is what this Redis and this client can do.
+The bare loop claims and finishes through the same door and the same scripts, and decodes each message, but has no
+handler, no child task, no deadline, no lease and no duty: it reaches what this Redis and this client can do.
 Prints a Markdown table: medians, and the framework's share of the bare loop's rate.
 """
 

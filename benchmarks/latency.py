@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py [--tasks 200] [--idle 30] [--uri redis://...]
 
-Single tasks, 50 ms apart, from the same process: the moment before `await client.enqueue(...)` is compared with the first
-line of the handler. Then nothing happens for `--idle` seconds, and the calls are counted as `INFO commandstats` does, inner
-calls of scripts included.
+Single tasks, 50 ms apart, from the same process: the moment before `await client.enqueue(...)` is compared with the
+first line of the handler. Then nothing happens for `--idle` seconds, and the calls are counted as `INFO commandstats`
+does, inner calls of scripts included.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     make demo
 
-It starts six Redis nodes (three masters, three replicas), runs client.py and worker.py as a reader of the tutorial would,
-and then enqueues thousands of tasks while the slot of one queue goes to another master and back. Every task is numbered; at
-the end it counts what the worker has printed.
+It starts six Redis nodes (three masters, three replicas), runs client.py and worker.py as a reader of the tutorial
+would, and then enqueues thousands of tasks while the slot of one queue goes to another master and back. Every task is
+numbered; at the end it counts what the worker has printed.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ async def main() -> int:
         output = Path(tempfile.mkdtemp(prefix="asynq-aio-demo-")) / "worker.log"
         async with worker(env, output):
             step(4, "Work them: python worker.py")
-            await until("three tasks", lambda: lines(output, r"^(?:Send|Sync|Resize) .*").total() == 3)  # noqa: PLR2004
+            await until("three tasks", lambda: lines(output, r"^(?:Send|Sync|Resize) .*").total() == 3)
             for text in lines(output, r"^(?:Send|Sync|Resize) .*"):
                 say(f"   {text}")
 
