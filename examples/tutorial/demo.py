@@ -177,9 +177,7 @@ async def main() -> int:
         say(f"   enqueued {len(QUEUES) * PER_QUEUE}, worked {worked}, worked twice {twice}, errors at callers {errors}")
         summary = re.findall(r"the server has shut down: (.*)", output.read_text())
         say(f"   the worker says: {summary[-1] if summary else 'nothing (see ' + str(output) + ')'}")
-    say(
-        f"\nDone in {time.monotonic() - began:.0f} s; the nodes are gone. The programs: {HERE.name}/client.py, worker.py"
-    )
+    say(f"\nDone in {time.monotonic() - began:.0f} s; the nodes are gone. The programs: examples/{HERE.name}")
     return 0 if not errors and not twice and worked == len(QUEUES) * PER_QUEUE else 1
 
 
