@@ -33,6 +33,8 @@ from asynq_aio._config import (
 from asynq_aio._context import Context, ResultWriter, current_context
 from asynq_aio._handler import Handler, Middleware, ServeMux
 from asynq_aio._inspector import ClusterNode, Inspector
+from asynq_aio._server.config import ServerConfig
+from asynq_aio._server.server import AsyncServer
 from asynq_aio._sync import SyncClient
 from asynq_aio._task import Payload, Task, TaskInfo, TaskOptions, TaskState
 from asynq_aio.errors import (
@@ -72,6 +74,7 @@ from asynq_aio.errors import (
 
 __all__ = [
     "AlreadyExistsError",
+    "AsyncServer",
     "AsynqError",
     "Backoff",
     "BrokerAuthError",
@@ -112,6 +115,7 @@ __all__ = [
     "RevokeTask",
     "ServeMux",
     "ServerClosedError",
+    "ServerConfig",
     "ServerStateError",
     "SkipRetry",
     "SyncClient",

@@ -19,7 +19,7 @@ import anyio
 from asynq_aio._broker.presence import Presence
 from asynq_aio._broker.store import Store
 from asynq_aio._client import Client
-from asynq_aio._handler import compile_handler
+from asynq_aio._handler import ServeMux, compile_handler
 from asynq_aio._server.config import ServerConfig
 from asynq_aio._server.duties.forwarder import Forwarder
 from asynq_aio._server.duties.healthcheck import HealthChecker
@@ -245,6 +245,8 @@ class AsyncServer:
         if handler is None:
             raise ConfigError("asynq: server cannot run with nil handler")
         compiled = compile_handler(handler)
+        if isinstance(compiled, ServeMux):
+            compiled.compose()  # a middleware that cannot work is refused now, not at the first task
         if self.state == "closed":
             raise ServerClosedError
         if self.state != "new":
