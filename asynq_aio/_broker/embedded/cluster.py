@@ -23,6 +23,7 @@ __all__ = ["EmbeddedCluster"]
 
 SLOTS: Final = 16_384
 AGREE_SECONDS: Final = 30.0
+_JOIN_TIMEOUT_MS: Final = "500"
 _MIGRATE_MILLISECONDS: Final = 60_000
 
 
@@ -126,11 +127,15 @@ class EmbeddedCluster:
 
     def _join(self) -> None:
         masters, replicas = self.nodes[: self._masters], self.nodes[self._masters :]
+        # Nodes ping each other at least every half of the timeout, and what one does not know yet comes with a ping:
+        # with 5 s the wait below lasts up to 8 s on busy cores. A node that is late meanwhile must not be replaced.
+        final = self._configure({"cluster-node-timeout": _JOIN_TIMEOUT_MS, "cluster-replica-no-failover": "yes"})
         for number, node in enumerate(masters):
             first, end = (SLOTS * n // self._masters for n in (number, number + 1))
             node.execute("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
         for number, node in enumerate(self.nodes):
             node.execute("CLUSTER", "SET-CONFIG-EPOCH", number + 1)  # else they collide, and settle it in rounds
+        for number, node in enumerate(self.nodes):
             for other in self.nodes[number + 1 :]:  # gossip would find the others, but seconds later
                 node.execute("CLUSTER", "MEET", other.host, other.port)
         everybody = {self.node_id(node) for node in self.nodes}
@@ -138,6 +143,15 @@ class EmbeddedCluster:
         for number, node in enumerate(replicas):
             node.execute("CLUSTER", "REPLICATE", self.node_id(masters[number % self._masters]))
         self.wait_until_agreed()
+        self._configure(final)
+
+    def _configure(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """Change settings of all nodes; returns what they were."""
+        before = {name: self.nodes[0].execute("CONFIG", "GET", name)[1] for name in settings}
+        for node in self.nodes:
+            for name, value in settings.items():
+                node.execute("CONFIG", "SET", name, value)
+        return before
 
     def _knows(self, node: EmbeddedRedis, everybody: set[str]) -> bool:
         rows = self._rows(node)
