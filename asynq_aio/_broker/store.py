@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from dataclasses import dataclass
 from enum import Enum
@@ -39,7 +40,6 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
-    RedisError,
     TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -141,6 +141,7 @@ class _Attempts:
         "address",
         "asking",
         "call",
+        "cause",
         "data",
         "deadline",
         "failures",
@@ -187,7 +188,9 @@ class _Attempts:
         self.call: Call | None = None
         self.sent = False
         """An earlier attempt may have run."""
-        self.reason: Exception | None = None
+        self.cause: Exception | None = None
+        self.reason = ""
+        """The last cause in words."""
         self.failures = 0
         self.refresh = False
         self.outages: set[Address] | None = None
@@ -413,7 +416,8 @@ class Store:
                     reply = await self._attempt(attempts)
         except TimeoutError as exc:
             if limit.expired():
-                raise self._give_up(attempts, self.deadline if deadline is None else deadline) from exc
+                seconds = self.deadline if deadline is None else deadline
+                raise self._give_up(attempts, seconds) from attempts.cause or exc
             raise
         if self._outages:
             self._heal(attempts)
@@ -445,7 +449,6 @@ class Store:
         """Learn from a failure, and wait until the next attempt has a chance. Raises what no repeat can mend."""
         if self._closed:
             attempts.sent = attempts.sent or isinstance(outcome, ReplyLost)
-            attempts.reason = outcome.args[0] if outcome.args else outcome
             raise self._give_up(attempts, 0.0)
         attempts.call = None
         attempts.refresh = False
@@ -463,7 +466,7 @@ class Store:
         if isinstance(outcome, (NotSent, ReplyLost)):
             return self._judge_loss(attempts, outcome)
         assert address is not None  # noqa: S101  (somebody has answered)
-        attempts.reason = RedisConnectionError(f"{node_name(address)} said {_reply_text(outcome)}")
+        attempts.cause, attempts.reason = outcome, f"{node_name(address)} said {_reply_text(outcome)}"
         # The order matters: MovedError is an AskError, MasterDownError a ClusterDownError, and what refuses access
         # and BusyLoadingError are ConnectionErrors.
         match outcome:
@@ -509,38 +512,37 @@ class Store:
             raise type(cause)(*cause.args) from cause
         if is_refusal(cause) and address is not None:
             raise auth_error(cause, address)
-        attempts.reason = cause
+        attempts.cause, attempts.reason = cause, _cause_text(cause, address)
         if isinstance(outcome, ReplyLost):
             self._stats.lost += 1
             attempts.sent = True
             if not attempts.repeatable:
-                raise self._unknown(attempts)
+                raise self._unknown(attempts) from cause
         elif address is None and attempts.failures:  # the first time, nobody has been asked yet
             address = self._settings.seeds[0]
-            self._outage(address, cause)
+            attempts.reason = _cause_text(cause, address)
+            self._outage(address, attempts.reason)
         return _back_off(attempts, address)
 
     def _give_up(self, attempts: _Attempts, seconds: float) -> AsynqError:
         if attempts.call is not None and attempts.call.written:
             attempts.sent = True
-            if attempts.address is not None and attempts.reason is None:
-                attempts.reason = TimeoutError(f"{node_name(attempts.address)} has not answered")
+            if attempts.address is not None and not attempts.reason:
+                attempts.reason = f"{node_name(attempts.address)} has not answered"
         if attempts.sent and not attempts.repeatable:
             return self._unknown(attempts)
         where = "" if attempts.sent else "; nothing was sent"
         if self._closed:
             return BrokerUnavailableError(f"the connection to {self.description} was closed{where}", sent=attempts.sent)
-        reason = attempts.reason
-        if reason is None and attempts.address is not None:
-            reason = ConnectionError(f"no connection to {node_name(attempts.address)} yet")
+        reason = attempts.reason or "no connection yet"
         return BrokerUnavailableError(
-            f"{self.description} did not answer {attempts.name} within {seconds:g} s: {_cause_text(reason)}{where}",
+            f"{self.description} did not answer {attempts.name} within {seconds:g} s: {reason}{where}",
             sent=attempts.sent,
         )
 
     def _unknown(self, attempts: _Attempts) -> OutcomeUnknownError:
         return OutcomeUnknownError(
-            f"{attempts.name} was sent to {self.description} and its reply was lost: {_cause_text(attempts.reason)}; "
+            f"{attempts.name} was sent to {self.description} and its reply was lost: {attempts.reason}; "
             "it may have run, or not"
         )
 
@@ -561,7 +563,7 @@ class Store:
             if lane.connected:
                 _log.debug("connection to %s lost: %s", node_name(address), cause)
             elif not is_refusal(cause):
-                self._outage(address, cause)
+                self._outage(address, _cause_text(cause, address))
 
         async def connect() -> Any:
             connection = await dial(self._settings, address)
@@ -591,7 +593,7 @@ class Store:
         self._topology.suspect(lane.address)
         self._topology.refresh()
         if lane.patience == 1:
-            self._outage(lane.address, TimeoutError(f"no reply for {STALL_SECONDS:g} s"))
+            self._outage(lane.address, f"{node_name(lane.address)}: no reply for {STALL_SECONDS:g} s")
 
     def _on_topology(self) -> None:
         masters = self._topology.masters
@@ -604,15 +606,10 @@ class Store:
 
     # -- outages: one line at the start, one at the end
 
-    def _outage(self, address: Address, cause: Exception) -> None:
+    def _outage(self, address: Address, reason: str) -> None:
         if address not in self._outages:
             self._outages[address] = self.clock.monotonic()
-            _log.warning(
-                "%s: %s; calls wait for it, up to %g s each",
-                self.description,
-                _cause_text(cause, node_name(address)),
-                self.deadline,
-            )
+            _log.warning("%s: %s; calls wait for it, up to %g s each", self.description, reason, self.deadline)
 
     def _heal(self, attempts: _Attempts) -> None:
         answered = {attempts.address} if attempts.address is not None else set()
@@ -695,11 +692,14 @@ def _reply_text(reply: Exception) -> str:
     return f"{code} {reply}" if code else str(reply)
 
 
-def _cause_text(cause: object, node: str = "") -> str:
+def _cause_text(cause: Exception, address: Address | None) -> str:
+    """The cause in words, with the node in front."""
     text = str(cause) or type(cause).__name__
-    if isinstance(cause, RedisError | OSError | None) and node and node not in text:
-        return f"{node}: {text}"
-    return text
+    refused = cause.__context__
+    if isinstance(refused, ConnectionError) and refused.errno:
+        text = os.strerror(refused.errno)  # asyncio's own text is "Connect call failed (...)"
+    node = "" if address is None else node_name(address)
+    return text if node in text else f"{node}: {text}"
 
 
 def _facts_of(info: bytes) -> ServerFacts:

