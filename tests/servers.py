@@ -183,12 +183,15 @@ def close_lifeline(run_directory: Path, descriptor: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is a process with this ID, zombies included."""
+    """Whether there is a process with this ID; one that waits for its parent to take note of its end is not counted."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # gone this moment, or not Linux
+        return not Path("/proc/self").exists()
 
 
 # To break

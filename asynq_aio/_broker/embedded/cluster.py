@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.to_thread
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from asynq_aio._broker.embedded.server import EmbeddedRedis, in_thread
 from asynq_aio.errors import BrokerUnavailableError, ConfigError
@@ -245,18 +245,11 @@ class EmbeddedCluster:
             return 0
         source = await run(self.begin_move, slot, target)
         moved = 0
-        while True:
-            while keys := await run(self.keys_in, source, slot, batch):
-                await run(self.move_keys, source, target, keys)
-                moved += len(keys)
-            try:
-                await run(self.finish_move, slot, source, target)
-            except ResponseError as exc:
-                # A script that was running has left one more key at the source.
-                if "I still hold keys" not in str(exc):
-                    raise
-            else:
-                return moved
+        while keys := await run(self.keys_in, source, slot, batch):
+            await run(self.move_keys, source, target, keys)
+            moved += len(keys)
+        await run(self.finish_move, slot, source, target)
+        return moved
 
     def begin_move(self, slot: int, target: EmbeddedRedis) -> EmbeddedRedis:
         """Open the slot on both sides; returns its owner."""
@@ -275,7 +268,10 @@ class EmbeddedCluster:
         source.execute("MIGRATE", target.host, target.port, "", 0, _MIGRATE_MILLISECONDS, "KEYS", *keys)
 
     def finish_move(self, slot: int, source: EmbeddedRedis, target: EmbeddedRedis) -> None:
-        """Close the slot: the target owns it. The target is told first: else nobody would own it for a moment."""
+        """Close the slot: the target owns it. All keys must have moved: what is left at the source is deleted by it.
+
+        The target is told first: else nobody would own the slot for a moment.
+        """
         owner = self.node_id(target)
         others = [node for node in self.masters() if node not in (source, target)]
         for node in (target, source, *others):

@@ -24,7 +24,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.retry import Retry
 
 from asynq_aio.errors import BrokerUnavailableError, ConfigError
@@ -144,7 +144,7 @@ class EmbeddedRedis:
         self._directory: Path | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._client: Any = None  # redis.Redis; its methods are typed in part only
+        self._client: redis.Redis | None = None
 
     def __repr__(self) -> str:
         return f"<EmbeddedRedis {self.addr} pid {self.pid}>" if self.pid else "<EmbeddedRedis, not started>"
@@ -180,24 +180,27 @@ class EmbeddedRedis:
 
     def execute(self, *command: str | bytes | float) -> Any:  # noqa: ANN401  (as redis-py)
         """One command, blocking, for management and tests; the reply is as it came, as `str`."""
-        client = self._client
-        if client is None:
-            where: dict[str, Any] = (
-                {"host": self.host, "port": self.port} if self.port else {"unix_socket_path": str(self.unix_socket)}
-            )
-            if "requirepass" in self._settings:
-                where["password"] = self._settings["requirepass"]
-            client = self._client = redis.Redis(
-                **where,
-                protocol=2,
-                decode_responses=True,
-                encoding_errors="surrogateescape",
-                retry=Retry(NoBackoff(), 0),
-                socket_timeout=70,  # longer than any MIGRATE that we ask for
-                driver_info=None,
-            )
-            client.response_callbacks.clear()
-        return client.execute_command(*command)
+        if self._client is None:
+            self._client = self._connect(timeout=70)  # longer than any MIGRATE that we ask for
+        return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def _connect(self, timeout: float) -> redis.Redis:
+        where: dict[str, Any] = (
+            {"host": self.host, "port": self.port} if self.port else {"unix_socket_path": str(self.unix_socket)}
+        )
+        if "requirepass" in self._settings:
+            where["password"] = self._settings["requirepass"]
+        client = redis.Redis(
+            **where,
+            protocol=2,
+            decode_responses=True,
+            encoding_errors="surrogateescape",
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=timeout,
+            driver_info=None,
+        )
+        client.response_callbacks.clear()
+        return client
 
     # Life
 
@@ -361,16 +364,22 @@ class EmbeddedRedis:
                 if re.search("already in use|Failed listening on", self.log):
                     raise _PortTakenError
                 raise BrokerUnavailableError(f"{self._binary} ended at once: {self._last_words()}")
-            try:
-                # Somebody else may answer on a port that ours is about to fail to bind.
-                if f"process_id:{self.pid}\r" in self.execute("INFO", "server"):
-                    return
-            except RedisConnectionError:  # not listening yet; BusyLoadingError is one too
-                pass
+            if self._answers():
+                return
             if time.monotonic() > until:
                 words = self._last_words()
                 raise BrokerUnavailableError(f"{self._binary} does not answer after {START_SECONDS:g} s: {words}")
             time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        """Whether it is our server that answers: on a port that ours is about to fail to bind, anybody may."""
+        try:
+            with self._connect(timeout=0.5) as client:
+                return f"process_id:{self.pid}\r" in client.execute_command("INFO", "server")
+        except (AuthenticationError, ResponseError):  # settings may name users of which we know nothing
+            return "Ready to accept connections" in self.log
+        except RedisError:  # not listening yet, loading its data, or no Redis at all
+            return False
 
     def _last_words(self) -> str:
         return " / ".join(self.log.strip().splitlines()[-3:]) or "it said nothing"
