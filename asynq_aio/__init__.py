@@ -15,7 +15,6 @@ In the order in which a task's life reads:
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from asynq_aio._backoff import Backoff, default_retry_delay
@@ -136,7 +135,4 @@ __all__ = [
     "parse_redis_uri",
 ]
 
-try:
-    __version__ = _version("asynq_aio")
-except _PackageNotFoundError:  # a checkout that nobody has installed
-    __version__ = "0+checkout"
+__version__ = _version("asynq_aio")

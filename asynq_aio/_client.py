@@ -286,7 +286,7 @@ async def _enqueue_many(
                 made.append(new)
         ticket.settle()
         await ticket.done
-    except asyncio.CancelledError:
+    except BaseException:
         ticket.done.cancel()
         for outbox, item in items:
             outbox.withdraw(item)

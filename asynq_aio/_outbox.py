@@ -144,9 +144,9 @@ class Outboxes:
             crowded = [outbox for outbox in crowded if outbox.admit_next()]
 
     async def clock_is_known(self) -> None:
-        """Wait until our clock has been compared with Redis', or that has failed: then ours is believed."""
+        """Wait until our clock has been compared with Redis'; where that fails or hangs, ours is believed."""
         if not self.clock.done():
-            await asyncio.shield(self.clock)
+            await asyncio.wait((self.clock,), timeout=PATIENCE_SECONDS)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A child whose success nobody depends on. Its context is empty: it belongs to no caller's trace."""
@@ -183,6 +183,7 @@ class Outbox:
         self._sender: asyncio.Task[None] | None = None
         self._registration: asyncio.Task[None] | None = None
         self._known = False
+        self._warned = False
 
     @property
     def is_idle(self) -> bool:
@@ -407,15 +408,17 @@ class Outbox:
             await register(self._owner.store, self.queue)
         except AsynqError as exc:
             self.register_at = loop.time() + REGISTER_AGAIN_SECONDS
-            logger.warning(
+            logger.log(
+                logging.DEBUG if self._warned else logging.WARNING,
                 "queue %r could not be registered, so that no list of queues may show it; its tasks are enqueued all"
-                " the same, and the next try is in %.0f s at the earliest: %s",
+                " the same, and it is tried again with later ones: %s",
                 self.queue,
-                REGISTER_AGAIN_SECONDS,
                 exc,
             )
+            self._warned = True
         else:
             self._known = True
+            self._warned = False
             self.register_at = loop.time() + REGISTER_SECONDS
         finally:
             self._registration = None
