@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -346,7 +346,7 @@ def _check_headers(headers: Mapping[Any, Any]) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TaskInfo:
     """What is known about a task that stands in Redis; a picture of one moment, it does not change with the task."""
 
@@ -374,3 +374,13 @@ class TaskInfo:
     """What the handler wrote or returned; None where there is nothing."""
     pending_since: datetime | None = None
     lease_expires_at: datetime | None = None
+
+    def __repr__(self) -> str:
+        """What says something: the fields that are not at their default, and the state."""
+        shown = [f"{self.id!r}, queue={self.queue!r}, type={self.type!r}, state={self.state.value!r}"]
+        for spec in fields(self)[3:]:
+            value = getattr(self, spec.name)
+            default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            if spec.name != "state" and value != default:
+                shown.append(f"{spec.name}={bytes(value) if spec.name == 'payload' else value!r}")
+        return f"TaskInfo({', '.join(shown)})"

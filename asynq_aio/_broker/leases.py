@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from asynq_aio._broker.scripts import load
 from asynq_aio._wire import keys
-from asynq_aio.errors import BrokerFullError
+from asynq_aio.errors import BrokerFullError, BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,10 @@ class Lease:
     owner: str
     """`aio_owner` as its holder wrote it; "" = do not ask."""
     expires_unix: int
+    """Unix seconds: the highest expiry that is known to be, or to have been, in Redis by its holder's doing."""
     exact: bool = False
+    unheard_unix: int = 0
+    """What a `regain` sent whose reply was lost; the next one settles it. 0 = nothing."""
 
     @property
     def task_key(self) -> str | bytes:
@@ -60,7 +63,9 @@ async def extend(
     """
     name = keys.lease(queue)
     for lease in leases:
-        lease.expires_unix = max(lease.expires_unix, expires_unix)  # before it is sent: what Redis may have
+        # Before it is sent: what Redis may have. Ten seconds after the last success that is far below what a server would
+        # write that has waited for the lease to end.
+        lease.expires_unix = max(lease.expires_unix, expires_unix)
     for first in range(0, len(leases), 1000):
         part = leases[first : first + 1000]
         pairs = [value for lease in part for value in (expires_unix, lease.task_id)]
@@ -83,16 +88,30 @@ async def regain(
         asynq:{queue}:lease    ZSET    task ID -> Unix seconds    scores raised
     """
     lost: list[Lease] = []
+    moving: list[Lease] = []
     waiting = list(leases)
     while waiting:
         part, waiting = waiting[:500], waiting[500:]
         names = [keys.lease(queue), *(lease.task_key for lease in part)]
         args: list[str | bytes | int] = [expires_unix]
         for lease in part:
-            args += (lease.task_id, lease.owner, max(lease.expires_unix, expires_unix))
-            lease.expires_unix = max(lease.expires_unix, expires_unix)
-        verdicts = await store.run(_REGAIN, names, args, deadline=deadline, lane="lease")
-        lost += [lease for lease, verdict in zip(part, verdicts, strict=True) if verdict == 0]
+            args += (lease.task_id, lease.owner, lease.expires_unix, lease.unheard_unix)
+        try:
+            verdicts = await store.run(_REGAIN, names, args, deadline=deadline, lane="lease")
+        except BrokerUnavailableError as exc:
+            if exc.sent:
+                for lease in part:
+                    lease.unheard_unix = expires_unix
+            raise
+        for lease, verdict in zip(part, verdicts, strict=True):
+            if verdict == 0:
+                lost.append(lease)
+            elif verdict == 1:
+                lease.expires_unix, lease.unheard_unix = max(lease.expires_unix, expires_unix), 0
+            else:
+                moving.append(lease)
+    if moving:
+        raise BrokerUnavailableError(f"the slot of queue {queue!r} is moving: {len(moving)} leases are out of reach")
     return lost
 
 

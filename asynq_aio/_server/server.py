@@ -55,6 +55,10 @@ State = Literal["new", "active", "stopped", "closed"]
 
 # Unwritten outcomes: so many, or ten rounds of all slots; then no more tasks are taken until Redis is back.
 _MOST_UNWRITTEN = 10_000
+# What an aborted server gives its last outcomes, seconds.
+_LAST_WRITES = 1.0
+# An application's start waits for Redis at most so long, seconds.
+_PATIENCE = 5.0
 # An entry older than this means that Redis, or this process, does not keep up: not healthy, seconds.
 _STALE = 15.0
 
@@ -259,7 +263,7 @@ class AsyncServer:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close)
-                await self._connect()
+                await self._connect(ready)
                 await self._work(compiled, stack, burst=burst, ready=ready)
         finally:
             self.state = "closed"
@@ -315,7 +319,7 @@ class AsyncServer:
                         finally:  # a duty has died, or all is well: what runs is not abandoned
                             await _shielded(self._drain(processor))
                 finally:
-                    left = await _shielded(syncer.drain(store.deadline))
+                    left = await _shielded(self._write_rest(syncer))
                     if left:
                         logger.error(
                             "%d outcomes could not be written; those tasks run again when their leases end", left
@@ -354,6 +358,18 @@ class AsyncServer:
         else:
             draining.result()
 
+    async def _write_rest(self, syncer: Syncer) -> int:
+        """Wait for the outcomes that are not written, for at most the deadline; a second signal ends the wait."""
+        draining = asyncio.ensure_future(syncer.drain(self._store.deadline))
+        aborting = asyncio.ensure_future(self._abort.wait())
+        await asyncio.wait([draining, aborting], return_when=asyncio.FIRST_COMPLETED)
+        aborting.cancel()
+        if draining.done():
+            return draining.result()
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        return await syncer.drain(_LAST_WRITES)
+
     @asynccontextmanager
     async def _on_duty(self, *duties: _Duty) -> AsyncIterator[None]:
         """The duties run as long as the block; a duty that dies cancels the block, loudly."""
@@ -375,24 +391,43 @@ class AsyncServer:
             logger.critical("the %s has died; the server shuts down", type(duty).__name__, exc_info=True)
             raise
 
-    async def _connect(self) -> None:
-        """Wait for Redis, however long it is away; what waiting does not mend is raised."""
+    async def _connect(self, ready: asyncio.Event | None) -> None:
+        """Wait for Redis, however long it is away; what waiting does not mend is raised.
+
+        An application is not held up at its start for longer than a few seconds: it is told by `healthy`.
+        """
         self._started_ns = self._store.clock.time_ns()
-        while not self._end.is_set():
+        ending = asyncio.ensure_future(self._end.wait())
+        connecting: asyncio.Future[ServerFacts] = asyncio.ensure_future(self._reach())
+        try:
+            await asyncio.wait([ending, connecting], timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            if ready is not None and not connecting.done():
+                ready.set()
+            await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
+            if not connecting.done():
+                return
+            facts = connecting.result()
+        finally:
+            ending.cancel()
+            connecting.cancel()
+            await asyncio.gather(ending, connecting, return_exceptions=True)
+        self._started_ns = self._store.now_ns()
+        if facts.maxmemory and facts.maxmemory_policy != "noeviction":
+            logger.warning(
+                "%s evicts keys when memory is full (maxmemory-policy %s), tasks can vanish: set it to noeviction",
+                self.description,
+                facts.maxmemory_policy,
+            )
+
+    async def _reach(self) -> ServerFacts:
+        while True:
             try:
                 facts = await self._store.check()
+                await self._store.ready()
             except BrokerUnavailableError as exc:
                 logger.warning("waiting for Redis: %s", exc)
-                continue
-            await self._store.ready()
-            self._started_ns = self._store.now_ns()
-            if facts.maxmemory and facts.maxmemory_policy != "noeviction":
-                logger.warning(
-                    "%s evicts keys when memory is full (maxmemory-policy %s), tasks can vanish: set it to noeviction",
-                    self.description,
-                    facts.maxmemory_policy,
-                )
-            return
+            else:
+                return facts
 
     async def _clear(self, presence: Presence) -> None:
         """The server's entry goes; where Redis is away, by itself after 10 s."""

@@ -39,6 +39,8 @@ _SILENT = 12.0
 _STEADY = 15.0
 # The lowest leases are looked at; those of the dead are among them, since the living raise theirs.
 _MOST = 1000
+# A look that took longer had to wait for Redis, seconds.
+_SLOW = 1.0
 _LOOK = 5.0
 # How often the list of active tasks is compared with the leases, seconds.
 _COMPARE = 60.0
@@ -52,6 +54,7 @@ class _Watch:
         """Monotonic seconds since when every look was answered."""
         self.unmoved: dict[bytes, tuple[int, float]] = {}
         """Task ID -> (score, monotonic seconds when it was first seen with it)."""
+        self.looked_at: float | None = None
         self.compared_at: float | None = None
         self.without_lease: set[bytes] = set()
 
@@ -109,8 +112,10 @@ class Recoverer:
         began = clock.monotonic()
         low = await recovery.lowest_leases(self._store, queue, _MOST)
         now = clock.monotonic()
-        if now - began > _LOOK:  # it waited for Redis: what was seen before is too old to be compared with
+        if now - began > _SLOW or (watch.looked_at is not None and began - watch.looked_at > 2 * _LOOK):
+            # Redis, or this loop, stood still meanwhile: a lease that did not move then says nothing about its owner.
             watch.reset()
+        watch.looked_at = now
         if watch.steady_since is None:
             watch.steady_since = now
         seen = watch.unmoved

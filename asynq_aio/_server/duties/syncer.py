@@ -7,8 +7,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from asynq_aio._backoff import jittered
-from asynq_aio._broker import finish
+from asynq_aio._broker import finish, leases
 from asynq_aio._broker.finish import Verdict
+from asynq_aio._wire.limits import LEASE_SECONDS
 from asynq_aio.errors import BrokerError, BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Syncer:
 
     async def _write(self, queue: str, part: Sequence[_Waiting]) -> list[_Waiting]:
         """Write one chunk; returns what has to be written again."""
+        await self._settle_leases(queue, [attempt for attempt, _ in part if attempt.lease.unheard_unix])
         try:
             verdicts = await finish.finish(self._store, queue, [outcome for _, outcome in part])
         except BrokerUnavailableError as exc:
@@ -148,6 +150,16 @@ class Syncer:
             self._final(waiting[0])
         self._written()
         return again
+
+    async def _settle_leases(self, queue: str, unheard: Sequence[Attempt]) -> None:
+        """Where the reply to a regain was lost, nobody knows which expiry is ours: ask before anything is written."""
+        if not unheard:
+            return
+        expires_unix = int(self._store.now()) + LEASE_SECONDS
+        try:
+            await leases.regain(self._store, queue, [attempt.lease for attempt in unheard], expires_unix)
+        except BrokerError as exc:  # `finish` will say so, too
+            logger.debug("queue %s: leases are not settled yet: %s", queue, exc)
 
     def _final(self, attempt: Attempt) -> None:
         self.unwritten -= 1
