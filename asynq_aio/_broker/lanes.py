@@ -90,9 +90,15 @@ async def dial(settings: ConnectionSettings, address: Address) -> AbstractConnec
         RedisError, OSError, TimeoutError: what was in the way; an AuthenticationError is a ConnectionError.
     """
     connection = settings.connection(*address)
+    child = asyncio.current_task()
+    cancelled = child.cancelling() if child is not None else 0
     try:
         async with asyncio.timeout(settings.connect_timeout + settings.reply_timeout):
             await connection.connect()  # type: ignore[no-untyped-call]
+        if child is not None and child.cancelling() > cancelled:
+            # redis-py awaits its handshake by asyncio.wait_for, which until Python 3.12 swallows a cancellation that
+            # comes together with the result; the caller would then wait for ever.
+            raise asyncio.CancelledError
     except BaseException:
         await connection.disconnect(nowait=True)
         raise
