@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from dataclasses import dataclass
 from enum import Enum
@@ -46,7 +45,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from asynq_aio._broker.connect import ConnectionSettings, settings_of
 from asynq_aio._broker.lanes import MAX_BYTES, STALL_SECONDS, Call, Lane, NotSent, ReplyLost, Watch, dial
-from asynq_aio._broker.topology import Topology, auth_error, is_refusal, node_name
+from asynq_aio._broker.topology import Topology, auth_error, cause_text, is_refusal, node_name
 from asynq_aio._broker.waits import Subscription, Waiter
 from asynq_aio._clock import SystemClock
 from asynq_aio.errors import (
@@ -512,7 +511,7 @@ class Store:
             raise type(cause)(*cause.args) from cause
         if is_refusal(cause) and address is not None:
             raise auth_error(cause, address)
-        attempts.cause, attempts.reason = cause, _cause_text(cause, address)
+        attempts.cause, attempts.reason = cause, cause_text(cause, address)
         if isinstance(outcome, ReplyLost):
             self._stats.lost += 1
             attempts.sent = True
@@ -520,7 +519,7 @@ class Store:
                 raise self._unknown(attempts) from cause
         elif address is None and attempts.failures:  # the first time, nobody has been asked yet
             address = self._settings.seeds[0]
-            attempts.reason = _cause_text(cause, address)
+            attempts.reason = cause_text(cause, address)
             self._outage(address, attempts.reason)
         return _back_off(attempts, address)
 
@@ -563,7 +562,7 @@ class Store:
             if lane.connected:
                 _log.debug("connection to %s lost: %s", node_name(address), cause)
             elif not is_refusal(cause):
-                self._outage(address, _cause_text(cause, address))
+                self._outage(address, cause_text(cause, address))
 
         async def connect() -> Any:
             connection = await dial(self._settings, address)
@@ -690,16 +689,6 @@ def _reply_text(reply: Exception) -> str:
     """The error reply as Redis sent it: redis-py takes the code off where it knows it."""
     code = getattr(reply, "status_code", None)
     return f"{code} {reply}" if code else str(reply)
-
-
-def _cause_text(cause: Exception, address: Address | None) -> str:
-    """The cause in words, with the node in front."""
-    text = str(cause) or type(cause).__name__
-    refused = cause.__context__
-    if isinstance(refused, ConnectionError) and refused.errno:
-        text = os.strerror(refused.errno)  # asyncio's own text is "Connect call failed (...)"
-    node = "" if address is None else node_name(address)
-    return text if node in text else f"{node}: {text}"
 
 
 def _facts_of(info: bytes) -> ServerFacts:

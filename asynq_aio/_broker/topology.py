@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
 from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from asynq_aio._broker.lanes import dial
 from asynq_aio._config import join_address
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from asynq_aio._broker.connect import ConnectionSettings
     from asynq_aio._config import Address
 
-__all__ = ["Topology", "auth_error", "is_refusal", "node_name"]
+__all__ = ["Topology", "auth_error", "cause_text", "is_refusal", "node_name"]
 
 _log = logging.getLogger("asynq_aio.broker")
 
@@ -161,7 +163,7 @@ class Topology:
                 refusal = _refusal(exc, address)
                 # What forbids every further try is worth more than what a later one might mend.
                 if refusal is not None or not isinstance(trouble, AsynqError):
-                    trouble = refusal or _named(exc, address)
+                    trouble = refusal or RedisConnectionError(cause_text(exc, address))
                 continue
             self._suspects.discard(address)
             if any(owners):
@@ -248,10 +250,14 @@ def _not_single(settings: ConnectionSettings, address: Address) -> str:
     )
 
 
-def _named(exc: Exception, address: Address) -> Exception:
-    """An exception whose text names the node."""
-    text = str(exc) or type(exc).__name__
-    return ConnectionError(text if str(address[1]) in text else f"{node_name(address)}: {text}")
+def cause_text(cause: Exception, address: Address | None) -> str:
+    """The cause in words, with the node in front."""
+    text = str(cause) or type(cause).__name__
+    refused = cause.__context__
+    if isinstance(refused, ConnectionError) and refused.errno:
+        text = os.strerror(refused.errno)  # asyncio's own text is "Connect call failed (...)"
+    node = "" if address is None else node_name(address)
+    return text if node in text else f"{node}: {text}"
 
 
 def node_name(address: Address) -> str:

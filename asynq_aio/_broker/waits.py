@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import AskError, MovedError, RedisError
 
 from asynq_aio._broker.lanes import dial
-from asynq_aio._broker.topology import auth_error, is_refusal, node_name
+from asynq_aio._broker.topology import auth_error, cause_text, is_refusal, node_name
 from asynq_aio.errors import AsynqError, BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Waiter:
         if address is None:
             async with asyncio.timeout(seconds):
                 await self._topology.refreshed()
+            address = self._topology.owner(self.key)
+        if address is None:
             raise self._topology.trouble
         if address != self._address:
             await self._drop()
@@ -237,7 +239,7 @@ class Subscription:
                     raise auth_error(exc, self._last or ("?", 0)) from exc
                 pause = backoff.seconds()
                 if loop.time() + pause >= end:
-                    text = f"no subscription within {deadline_seconds:g} s: {str(exc) or type(exc).__name__}"
+                    text = f"no subscription within {deadline_seconds:g} s: {cause_text(exc, self._last)}"
                     raise BrokerUnavailableError(text) from exc
                 self._shun()
                 await asyncio.sleep(pause)

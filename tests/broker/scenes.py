@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from asynq_aio._broker.store import Store
 
-__all__ = ["COUNT", "COUNT_MANY", "ONCE", "Crowd", "assert_all_given_back", "lua", "until"]
+__all__ = ["COUNT", "COUNT_MANY", "ONCE", "Crowd", "all_given_back", "lua", "until"]
 
 
 def lua(name: str, source: str) -> Script:
@@ -95,6 +95,7 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def assert_all_given_back(store: Store) -> None:
-    """Every lane is empty: no call waits, and no reply is due."""
-    assert [(lane.busy, lane.in_flight) for lane in store.lanes if lane.busy] == []
+async def all_given_back(store: Store) -> None:
+    """Every lane becomes empty: no call waits, and no reply is due. The store's own look at the clock may be in one."""
+    await until(lambda: not any(lane.busy for lane in store.lanes))
+    assert {lane.in_flight for lane in store.lanes} <= {(0, 0)}

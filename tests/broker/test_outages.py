@@ -23,7 +23,7 @@ from asynq_aio.errors import (
     BrokerUnavailableError,
     OutcomeUnknownError,
 )
-from tests.broker.scenes import COUNT, ONCE, Crowd, assert_all_given_back, lua, until
+from tests.broker.scenes import COUNT, ONCE, Crowd, all_given_back, lua, until
 from tests.servers import MASTER_NAME, own_cluster, own_sentinel, own_standalone
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ async def test_connections_that_are_killed_all_the_time(version: Version) -> Non
             server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         await crowd.more(CALLERS)
         await crowd.stop()
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert store.stats.dials > 20
         crowd.assert_right()
         assert done_at(server) == set(crowd.done)
@@ -113,7 +113,7 @@ async def test_callers_that_leave_do_no_harm() -> None:
         await crowd.stop()
         assert leaving == 400
         crowd.assert_right()
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert store.stats.dials == 1
 
 
@@ -134,7 +134,7 @@ async def test_a_server_that_stands_still(version: Version, caplog: pytest.LogCa
             await crowd.more(CALLERS)
             await crowd.stop()
             crowd.assert_right()
-            assert_all_given_back(store)
+            await all_given_back(store)
             assert done_at(server) == set(crowd.done)
     assert [message.partition(": ")[2] for message in caplog.messages[:1]] == [
         f"{server.addr}: no reply for 1 s; calls wait for it, up to 30 s each"
@@ -165,7 +165,7 @@ async def test_a_node_that_stands_still_holds_up_nobody_else() -> None:
         finally:
             os.kill(still.pid, signal.SIGCONT)
         assert await store.run(ONCE, [f"{tag}:k2"], ["x"]) == [b"x", 1]
-        assert_all_given_back(store)
+        await all_given_back(store)
 
 
 @both
@@ -182,7 +182,7 @@ async def test_a_master_dies_and_its_replica_takes_over(version: Version, caplog
         await crowd.more(CALLERS)
         await crowd.stop()
         crowd.assert_right()
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert cluster.owner(11_958) is replica
     assert len(caplog.messages) == 2, caplog.messages
     assert f"{master.addr}: " in caplog.messages[0]
@@ -203,7 +203,7 @@ async def test_sentinels_name_another_master(version: Version) -> None:
         await crowd.more(CALLERS)
         await crowd.stop()
         crowd.assert_right()
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert [lane.address for lane in store.lanes] == new
 
 
@@ -217,7 +217,7 @@ async def test_a_sentinel_master_dies(version: Version) -> None:
         await crowd.more(CALLERS)
         await crowd.stop()
         crowd.assert_right()
-        assert_all_given_back(store)
+        await all_given_back(store)
 
 
 @both
@@ -241,7 +241,7 @@ async def test_a_restart_with_data_to_load(version: Version) -> None:
         await crowd.stop()
         crowd.assert_right()
         assert "LOADING" in seen
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert done_at(server) == set(crowd.done)
 
 
@@ -259,7 +259,7 @@ async def test_access_that_is_taken_away(version: Version) -> None:
         assert "give a password" in str(errors[0])
         server.execute("CONFIG", "SET", "requirepass", "")
         assert await store.run(ONCE, ["{q}"], ["after"]) == [b"after", 1]
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert server.execute("HKEYS", "{q}") == ["before", "after"]
 
 
@@ -294,7 +294,7 @@ async def test_a_server_that_is_full(version: Version) -> None:
             await store.run(COUNT, ["{q}:new"], ["x"])
         drain = lua("drain", "redis.call('DEL', KEYS[1]); return redis.call('INCR', KEYS[1])")
         assert await store.run(drain, ["{q}"], []) == 1
-        assert_all_given_back(store)
+        await all_given_back(store)
 
 
 @both

@@ -15,7 +15,7 @@ from asynq_aio._broker.embedded import EmbeddedCluster
 from asynq_aio._broker.store import Store
 from asynq_aio._wire import keys
 from asynq_aio.errors import BrokerUnavailableError
-from tests.broker.scenes import COUNT, COUNT_MANY, Crowd, assert_all_given_back, until
+from tests.broker.scenes import COUNT, COUNT_MANY, Crowd, all_given_back, until
 from tests.servers import binary, own_cluster
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ async def test_nothing_fails_while_a_slot_moves(cluster: EmbeddedCluster) -> Non
         await move_to_and_fro(cluster, 10, crowd)
         await crowd.stop()
         print(crowd.summary(), store.stats)
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert store.stats.moved > 0
     crowd.assert_right()
     assert executed(cluster, "single") == dict.fromkeys(crowd.done, 1)
@@ -107,7 +107,7 @@ async def test_nothing_fails_while_a_slot_with_scripts_of_many_keys_moves(cluste
         await move_to_and_fro(cluster, 6, crowd)
         await crowd.stop()
         print(crowd.summary(), store.stats)
-        assert_all_given_back(store)
+        await all_given_back(store)
         assert store.stats.asked == 0
     crowd.assert_right()
     assert executed(cluster, "many") == dict.fromkeys(crowd.done, 1)
@@ -134,7 +134,7 @@ async def test_nothing_fails_while_slots_migrate_atomically() -> None:
                 await crowd.more(CALLERS)
             await crowd.stop()
             print(crowd.summary(), store.stats)
-            assert_all_given_back(store)
+            await all_given_back(store)
             assert store.stats.moved > 0
             assert store.stats.asked == 0
         crowd.assert_right()
@@ -160,7 +160,7 @@ async def test_an_aborted_move_ends_well(cluster: EmbeddedCluster) -> None:
         cluster.abort_move(SLOT, source, target)
         await crowd.more(CALLERS)
         await crowd.stop()
-        assert_all_given_back(store)
+        await all_given_back(store)
     crowd.assert_right()
     assert executed(cluster, "abort") == dict.fromkeys(crowd.done, 1)
 
@@ -174,7 +174,7 @@ async def test_an_open_slot_is_named_at_the_deadline(cluster: EmbeddedCluster) -
             await store.run(COUNT_MANY, ["{move}:a", "{move}:b", "{move}:c"], ["x"], deadline=0.3)
         assert not caught.value.sent
         assert await store.run(COUNT_MANY, ["{other}:a", "{other}:b", "{other}:c"], ["x"]) == [b"x", 1]
-        assert_all_given_back(store)
+        await all_given_back(store)
     cluster.abort_move(SLOT, source, target)
 
 
