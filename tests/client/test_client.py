@@ -188,7 +188,7 @@ async def test_nothing_is_nothing(client: Client) -> None:
 
 
 async def test_order_within_a_queue_is_call_order(client: Client, redis: Any, queue: str) -> None:
-    """Also for hundreds of callers at once, more than one call may carry, and plain and unique tasks among each other."""
+    """Also for more callers at once than one call may carry, with plain and unique tasks among each other."""
     count = itertools.count()
 
     async def enqueue() -> None:
