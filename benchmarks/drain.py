@@ -1,6 +1,6 @@
 """How fast queued no-op tasks are drained: the framework beside a bare loop over the same scripts, interleaved.
 
-    python benchmarks/drain.py [--tasks 20000] [--concurrency 100] [--rounds 3] [--uri redis://...]
+    python -m benchmarks.drain [--tasks 20000] [--concurrency 100] [--rounds 3] [--uri redis://...]
 
 The bare loop claims and finishes through the same door and the same scripts, and decodes each message, but has no
 handler, no child task, no deadline, no lease and no duty: it reaches what this Redis and this client can do.
@@ -26,7 +26,7 @@ from asynq_aio._broker.store import Store
 from asynq_aio._wire import codec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
 
 async def fill(uri: str, queue: str, tasks: int) -> None:
@@ -122,16 +122,20 @@ async def main(options: argparse.Namespace) -> None:
     print(f"\nThe framework reaches {statistics.median(shares):.0%} of the bare loop (pairwise median).")
 
 
+def run(work: Coroutine[None, None, None]) -> None:
+    """On uvloop, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=20_000)
     parser.add_argument("--concurrency", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--uri")
-    arguments = parser.parse_args()
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main(arguments))
-    else:
-        uvloop.run(main(arguments))
+    run(main(parser.parse_args()))

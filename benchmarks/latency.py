@@ -1,6 +1,6 @@
 """How long from `enqueue` to the start of the handler on an idle worker, and what an idle worker asks of Redis.
 
-    python benchmarks/latency.py [--tasks 200] [--idle 30] [--uri redis://...]
+    python -m benchmarks.latency [--tasks 200] [--idle 30] [--uri redis://...]
 
 Single tasks, 50 ms apart, from the same process: the moment before `await client.enqueue(...)` is compared with the
 first line of the handler. Then nothing happens for `--idle` seconds, and the calls are counted as `INFO commandstats`
@@ -14,10 +14,9 @@ import asyncio
 import statistics
 import time
 
-from drain import server_at
-
 from asynq_aio import AsyncServer, Client, ServeMux, Task
 from asynq_aio._broker.store import Store
+from benchmarks.drain import run, server_at
 
 
 async def calls(store: Store) -> int:
@@ -73,10 +72,4 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--idle", type=int, default=30)
     parser.add_argument("--uri")
-    arguments = parser.parse_args()
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main(arguments))
-    else:
-        uvloop.run(main(arguments))
+    run(main(parser.parse_args()))

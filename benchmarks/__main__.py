@@ -1,0 +1,9 @@
+"""All of them, one after another: `make bench`."""
+
+import subprocess
+import sys
+
+for name in ("drain", "latency"):
+    print(f"## {name}\n", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+    print(flush=True)
