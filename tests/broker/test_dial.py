@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Swallowing:
-    """A connection whose handshake ends in the moment of its cancellation: asyncio.wait_for of Python 3.11 does that."""
+    """A connection whose handshake ends in the moment of its cancellation: asyncio.wait_for of 3.11 does that."""
 
     def __init__(self) -> None:
         self.began = asyncio.Event()
