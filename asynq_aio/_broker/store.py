@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -227,6 +227,7 @@ class Store:
         self._clock_warned = False
         self._clock_task: asyncio.Task[None] | None = None
         self._clock_read: asyncio.Event | None = None
+        self._sentinel_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -363,9 +364,10 @@ class Store:
         if self._loop is None:
             return
         self._enter_loop()
-        if self._clock_task is not None:
-            self._clock_task.cancel()
-            await asyncio.wait([self._clock_task])
+        for child in (self._clock_task, self._sentinel_task):
+            if child is not None:
+                child.cancel()
+                await asyncio.wait([child])
         for waiting in tuple(self._waiting):
             await waiting.aclose()
         closed = BrokerUnavailableError(f"the connection to {self.description} was closed")
@@ -639,7 +641,21 @@ class Store:
             if isinstance(self.clock, SystemClock):
                 self._clock_read = asyncio.Event()
                 self._clock_task = loop.create_task(self._compare_clocks(self._clock_read), name="clock offset")
+            if self._settings.kind == "sentinel":
+                self._sentinel_task = loop.create_task(self._hear_sentinels(), name="sentinel events")
         return loop
+
+    async def _hear_sentinels(self) -> None:
+        """Leave a master as soon as the sentinels do.
+
+        After a failover by hand the old master takes writes for some 10 s more (measured), and forgets them then.
+        """
+        sentinels = replace(self._settings, kind="standalone", dial=self._settings.sentinel_dial)
+        async with Subscription(
+            sentinels, Topology(sentinels, lambda: None), ["+switch-master"], lambda _: None
+        ) as events:
+            async for _ in events:
+                self._topology.refresh()
 
     async def _compare_clocks(self, read: asyncio.Event) -> None:
         """Keep the offset to Redis' clock; at the start and each minute."""

@@ -65,7 +65,7 @@ class Topology:
         self._last_pass = -math.inf
         if settings.kind == "standalone":
             self._owners[0] = settings.seeds[0]
-            self._masters = (settings.seeds[0],)
+            self._masters = tuple(settings.seeds)
 
     @property
     def masters(self) -> tuple[Address, ...]:

@@ -12,7 +12,8 @@ import math
 import random
 from typing import TYPE_CHECKING, Any, Final
 
-from redis.exceptions import AskError, MovedError, RedisError
+from redis.exceptions import AskError, ClusterDownError, MovedError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from asynq_aio._broker.lanes import dial
 from asynq_aio._broker.topology import auth_error, cause_text, is_refusal, node_name
@@ -81,6 +82,7 @@ class Waiter:
         self._address: Address | None = None
         self._backoff = _Backoff(SLICE_SECONDS)
         self._moving = False
+        self._refused = False
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -94,8 +96,9 @@ class Waiter:
     async def wait(self, timeout_seconds: float) -> bool:
         """Whether the list has an element, waiting for one at most so long, and 10 s at most.
 
-        False says "look yourself": nothing came, or nobody can tell. An outage is no error here; it makes a wait short,
-        50 to 500 ms, so that a caller that loops polls meanwhile.
+        False says that nothing came, or that nobody can tell: wait again, an element that is there is never missed. An
+        outage is no error here; it makes a wait short, 50 to 500 ms. The peek is a write; where Redis refuses it (out
+        of memory, not permitted), this looks each half second instead.
 
         Raises:
             BrokerUnavailableError: the waiter is closed.
@@ -103,6 +106,7 @@ class Waiter:
         if self._closed:
             raise BrokerUnavailableError("this waiter is closed")
         seconds = min(timeout_seconds, SLICE_SECONDS if self._moving else LONGEST_WAIT_SECONDS)
+        self._refused = False
         try:
             reply = await self._peek(seconds)
         except (RedisError, OSError, RuntimeError, AsynqError) as exc:
@@ -115,7 +119,7 @@ class Waiter:
             self._backoff.reset()
             return reply is not None
         await asyncio.sleep(min(pause, timeout_seconds))
-        return False
+        return self._refused and await self._look()
 
     async def aclose(self) -> None:
         """Close the connection. A wait in another task ends with False."""
@@ -133,15 +137,29 @@ class Waiter:
             raise self._topology.trouble
         if address != self._address:
             await self._drop()
+        if self._connection is None:
+            self._connection, self._address = await dial(self._settings, address), address
+        # Zero would wait for ever.
+        return await self._ask(seconds, "BLMOVE", self.key, self.key, "RIGHT", "RIGHT", f"{max(seconds, 0.01):.3f}")
+
+    async def _ask(self, seconds: float, *command: str) -> Any:
         connection = self._connection
         if connection is None:
-            connection = await dial(self._settings, address)
-            self._connection, self._address = connection, address
-        # Zero would wait for ever.
-        command = connection.pack_command("BLMOVE", self.key, self.key, "RIGHT", "RIGHT", f"{max(seconds, 0.01):.3f}")
+            raise RedisConnectionError("this waiter is closed")
         async with asyncio.timeout(seconds + self._settings.reply_timeout):
-            await connection.send_packed_command(command, check_health=False)
+            await connection.send_packed_command(connection.pack_command(*command), check_health=False)
             return await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+
+    async def _look(self) -> bool:
+        """Whether the list has an element now."""
+        try:
+            return bool(await self._ask(0.0, "LLEN", self.key))
+        except (RedisError, OSError, RuntimeError) as exc:
+            await self._after(exc)
+            return False
+        except BaseException:
+            await self._drop()
+            raise
 
     async def _after(self, exc: Exception) -> float:
         """Learn from an error; how long to wait now."""
@@ -154,13 +172,14 @@ class Waiter:
                 # Nothing can be claimed from a queue whose slot is moving, so there is nothing to hurry for.
                 self._moving = True
                 return SLICE_SECONDS
+            case ResponseError() if not isinstance(exc, (ReadOnlyError, ClusterDownError)):
+                self._refused = True
             case _:
-                # What has no status is no reply, so none may be left in the connection that lacks its reader.
-                if getattr(exc, "status_code", None) is None:
-                    await self._drop()
-                    if address is not None:
-                        self._topology.suspect(address)
-                    self._topology.refresh()
+                # No reply, or one (READONLY, NOAUTH) after which another connection does better.
+                await self._drop()
+                if address is not None:
+                    self._topology.suspect(address)
+                self._topology.refresh()
         return pause
 
     async def _drop(self) -> None:

@@ -7,15 +7,18 @@ import logging
 import os
 import random
 import signal
+import subprocess
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import pytest
+import uvloop
 from redis.exceptions import ResponseError
 
+from asynq_aio._broker.embedded import EmbeddedRedis
 from asynq_aio._broker.store import Store
-from asynq_aio._config import RedisClientOpt
+from asynq_aio._config import RedisClientOpt, TLSOptions
 from asynq_aio.errors import (
     BrokerAuthError,
     BrokerError,
@@ -23,11 +26,13 @@ from asynq_aio.errors import (
     BrokerUnavailableError,
     OutcomeUnknownError,
 )
+from tests.broker.own_server import free_port
 from tests.broker.scenes import COUNT, ONCE, Crowd, all_given_back, lua, until
 from tests.servers import MASTER_NAME, own_cluster, own_sentinel, own_standalone
 
 if TYPE_CHECKING:
-    from asynq_aio._broker.embedded import EmbeddedRedis
+    from pathlib import Path
+
     from tests.servers import SentinelGroup, Version
 
 CALLERS = 64
@@ -74,6 +79,60 @@ async def test_connections_that_are_killed_all_the_time(version: Version) -> Non
         assert store.stats.dials > 20
         crowd.assert_right()
         assert done_at(server) == set(crowd.done)
+
+
+def certificate(home: Path) -> None:
+    """A self-signed one for loopback."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*command, *names], cwd=home, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("uvloop_too", [False, True], ids=["asyncio", "uvloop"])
+def test_tls_connections_that_are_killed_all_the_time(tmp_path: Path, uvloop_too: bool) -> None:
+    """The same through TLS, with a password, on both loops."""
+
+    async def scene() -> None:
+        certificate(tmp_path)
+        tls = {
+            "tls-cert-file": f"{tmp_path}/cert.pem",
+            "tls-key-file": f"{tmp_path}/key.pem",
+            "tls-ca-cert-file": f"{tmp_path}/cert.pem",
+            "tls-auth-clients": "no",
+        }
+        port = free_port()
+        async with own_standalone("redis7", settings={"tls-port": str(port), "requirepass": "pw", **tls}) as server:
+            trusted = TLSOptions(ca_file=f"{tmp_path}/cert.pem")
+            async with Store(RedisClientOpt(f"127.0.0.1:{port}", password="pw", tls=trusted)) as store:
+                crowd = crowd_of(store)
+                for _ in range(10):
+                    await crowd.more(CALLERS // 2)
+                    server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                await crowd.more(CALLERS)
+                await crowd.stop()
+                await all_given_back(store)
+                crowd.assert_right()
+                assert done_at(server) == set(crowd.done)
+
+    (uvloop.run if uvloop_too else asyncio.run)(scene())
+
+
+async def test_a_unix_socket_and_ipv6_serve_as_well() -> None:
+    """By the path of a socket, and by an address with colons."""
+    server = EmbeddedRedis(unix_socket=True, settings={"bind": "127.0.0.1 ::1"})
+    async with server:
+        for addr in (str(server.unix_socket), f"[::1]:{server.port}"):
+            async with Store(RedisClientOpt(addr)) as store:
+                crowd = crowd_of(store)
+                await crowd.more(CALLERS)
+                server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                await crowd.more(CALLERS)
+                await crowd.stop()
+                crowd.assert_right()
+                async with store.waiter("list") as waiter, await store.subscribe("channel") as subscription:
+                    assert not await waiter.wait(0.01)
+                    await store.call("PUBLISH", "channel", "x", key=None)
+                    assert await anext(subscription) == ("channel", b"x")
 
 
 async def test_a_reply_that_is_lost_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:

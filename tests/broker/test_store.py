@@ -58,6 +58,7 @@ async def test_many_callers_share_the_lanes(store: Store, queue: str) -> None:
 async def test_large_calls_and_leases_have_their_own_lanes(store: Store, queue: str) -> None:
     """A call over 256 KiB does not stand in the way of small ones, nor do they stand in the way of a lease."""
     key = f"{{{queue}}}"
+    await store.ready()
     await store.call("GET", key, key=key)
     dials = store.stats.dials
     value = bytes(1 << 20)

@@ -110,10 +110,32 @@ async def until_true(waiter: waits.Waiter) -> None:
 
 
 async def test_a_key_of_another_kind() -> None:
-    """WRONGTYPE is no reason to wait, nor to fail: the caller's own look will tell him."""
+    """WRONGTYPE is no reason to fail: whoever looks will be told."""
     async with own_standalone() as server, Store(server.uri) as store, store.waiter("list") as waiter:
         await store.call("SET", "list", "x", key="list")
         assert not await waiter.wait(10)
+
+
+async def test_a_peek_that_redis_refuses() -> None:
+    """BLMOVE is a write: out of memory, or not permitted, the waiter looks instead, so that workers go on."""
+    async with own_standalone() as server:
+        server.execute("ACL", "SETUSER", "shy", "on", ">pw", "~*", "+@all", "-blmove")
+        options = RedisClientOpt(server.addr, username="shy", password="pw")
+        store, other = Store(server.uri), Store(options)
+        async with store, other, store.waiter("list") as full, other.waiter("list") as shy:
+            assert not await shy.wait(10)
+            server.execute("LPUSH", "list", "x")
+            server.execute("CONFIG", "SET", "maxmemory", 1)
+            assert await full.wait(10)
+            assert await shy.wait(10)
+            server.execute("DEL", "list")
+            assert not await full.wait(0.05)
+            assert not await shy.wait(0.05)
+            server.execute("CONFIG", "SET", "maxmemory", 0)
+            waiting = asyncio.create_task(full.wait(10))
+            await until(lambda: blocked(server) == 1)
+            server.execute("LPUSH", "list", "x")
+            assert await waiting
 
 
 async def test_a_waiter_follows_its_slot() -> None:
