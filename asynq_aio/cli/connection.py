@@ -200,5 +200,8 @@ def uri_of(opt: RedisConnOpt) -> str:
         query |= {} if opt.tls.verify else {"verify": "false"}
     login = ""
     if opt.password:  # a user name is sent only together with a password
-        login = f"{quote(opt.username or '', safe='')}:{quote(str(opt.password), safe='')}@"
+        # Without a user name this form's password is for the sentinels too; Redis calls that user `default`.
+        alone = isinstance(opt, RedisFailoverClientOpt) and not opt.shared_password
+        user = opt.username or ("default" if alone else "")
+        login = f"{quote(user, safe='')}:{quote(str(opt.password), safe='')}@"
     return f"{scheme}://{login}{place}?{urlencode(query, quote_via=quote)}"
