@@ -352,8 +352,12 @@ class Store:
         """
         self._enter()
         subscription = Subscription(self._settings, self._topology, channels, self._waiting.discard)
-        await subscription.open(self.deadline)
         self._waiting.add(subscription)
+        try:
+            await subscription.open(self.deadline)
+        except BaseException:
+            await subscription.aclose()
+            raise
         return subscription
 
     async def aclose(self) -> None:
@@ -426,6 +430,8 @@ class Store:
 
     async def _attempt(self, attempts: _Attempts) -> Any:
         """Send once; the reply, an error reply, NotSent or ReplyLost."""
+        if self._closed:
+            return NotSent(RedisConnectionError("closed"))
         address = attempts.target
         if address is None:
             key = attempts.key

@@ -61,6 +61,7 @@ class Topology:
         self._replicas: tuple[Address, ...] = ()
         self._suspects: set[Address] = set()
         self._refreshing: asyncio.Task[None] | None = None
+        self._closed = False
         self._pause = 0.0
         self._last_pass = -math.inf
         if settings.kind == "standalone":
@@ -111,17 +112,20 @@ class Topology:
 
     async def refreshed(self) -> None:
         """Wait for a refresh, the one under way or a new one. Never raises; a caller that leaves does not stop it."""
-        if self._settings.kind != "standalone":
-            await asyncio.shield(self.refresh())
+        self.refresh()
+        if self._refreshing is not None:
+            await asyncio.wait([self._refreshing])  # which, unlike a shield, does not raise when that one is stopped
 
-    def refresh(self) -> asyncio.Task[None]:
-        """Ask for the map, unless somebody does already."""
+    def refresh(self) -> None:
+        """Ask for the map, unless somebody does already, or it cannot change."""
+        if self._closed or self._settings.kind == "standalone":
+            return
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.get_running_loop().create_task(self._refresh(), name="topology refresh")
-        return self._refreshing
 
     async def aclose(self) -> None:
-        """Stop a refresh that is under way."""
+        """Stop a refresh that is under way; there is none after this one."""
+        self._closed = True
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.wait([self._refreshing])
@@ -136,13 +140,10 @@ class Topology:
         self.refreshes += 1
         news = False
         try:
-            match self._settings.kind:
-                case "standalone":
-                    pass
-                case "sentinel":
-                    news = self._replace([await self._settings.discover_master()], ())
-                case "cluster":
-                    news = await self._ask_around()
+            if self.is_cluster:
+                news = await self._ask_around()
+            else:
+                news = self._replace([await self._settings.discover_master()], ())
         except Exception as exc:  # noqa: BLE001  (a refresh never raises; who finds no owner raises this)
             self.trouble = auth_error(exc, self._settings.seeds[0]) if is_refusal(exc) else exc.with_traceback(None)
             _log.debug("%s: no news of the topology: %s", self._settings.description, exc)

@@ -139,6 +139,8 @@ class Waiter:
             await self._drop()
         if self._connection is None:
             self._connection, self._address = await dial(self._settings, address), address
+            if self._closed:  # meanwhile
+                await self._drop()
         # Zero would wait for ever.
         return await self._ask(seconds, "BLMOVE", self.key, self.key, "RIGHT", "RIGHT", f"{max(seconds, 0.01):.3f}")
 
@@ -251,6 +253,8 @@ class Subscription:
         end = loop.time() + deadline_seconds
         backoff = _Backoff(0.5)
         while True:
+            if self._closed:
+                raise BrokerUnavailableError("this subscription is closed")
             try:
                 await self.connect()
             except (RedisError, OSError, RuntimeError) as exc:
@@ -291,6 +295,8 @@ class Subscription:
             await connection.disconnect(nowait=True)
             raise
         self._connection, self._address, self._pinged = connection, address, False
+        if self._closed:  # meanwhile
+            await self._drop()
 
     async def aclose(self) -> None:
         """Close the connection; the iteration ends."""

@@ -198,6 +198,28 @@ async def test_close_settles_everything() -> None:
             gc.collect()
 
 
+async def test_close_finds_calls_that_wait_to_repeat() -> None:
+    """Calls that back off, and those that wait for the topology, end as well, and open nothing anew."""
+    async with own_standalone() as gone:
+        pass
+    for uri in (gone.uri, f"redis-cluster://{gone.addr}", f"redis-sentinel://{gone.addr}/0?master=mymaster"):
+        before = asyncio.all_tasks()
+        store = Store(uri)
+        calls = [asyncio.create_task(store.call("GET", "k", key="k")) for _ in range(5)]
+        waiter = store.waiter("k")
+        waiting = asyncio.create_task(waiter.wait(10))
+        subscribing = asyncio.create_task(store.subscribe("channel"))
+        await until(lambda store=store: store.stats.repeats > 10)  # type: ignore[misc]
+        await store.aclose()
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(error) for error in errors} == {BrokerUnavailableError}
+        assert not await waiting
+        with pytest.raises(BrokerUnavailableError):
+            await subscribing
+        assert store.lanes == []
+        assert asyncio.all_tasks() == before
+
+
 async def test_a_store_that_was_never_used_closes() -> None:
     """No I/O before the first call: not even the address is looked at."""
     await Store("redis://nowhere.invalid:1").aclose()
