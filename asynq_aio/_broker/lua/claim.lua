@@ -14,7 +14,8 @@
 --   "tasks"     at least one      "empty"  the list is      "paused"   the queue is
 --   "fenced"    this claim was given up: a late first copy  "tryagain" the slot is moving: nothing could be reached
 --
--- Every id is looked at before the first write; one that cannot be reached goes back to its place.
+-- Every id is looked at before the first write; one that cannot be reached goes back to its place. A container of a wrong
+-- type refuses the call whole: nobody has left `pending` then.
 -- The first write (RPOP) is allowed in a full Redis.
 -- include: look
 local fence = redis.call('GET', KEYS[5])
@@ -46,6 +47,11 @@ for i = #ids, 1, -1 do
   looked = looked + 1
 end
 if #tasks == 0 and #ghosts == 0 then return {'tryagain'} end
+if #tasks > 0 then
+  redis.call('LLEN', KEYS[3])
+  redis.call('ZCARD', KEYS[4])
+end
+if #ghosts > 0 then redis.call('ZCARD', KEYS[6]) end
 
 redis.call('RPOP', KEYS[1], looked)
 for i = #stay, 1, -1 do

@@ -23,7 +23,8 @@
 --   1 written    0 lost: somebody else has the task, or it is gone    2 not ours, but as if this call had been here before
 --   3 out of reach, the slot is moving: untouched
 --
--- All looks come before the first write; the first write (LREM or DEL active) is one that a full Redis allows.
+-- All looks come before the first write; the first write (LREM or DEL active) is one that a full Redis allows. A container
+-- of a wrong type refuses the call whole: nobody has left `active` then.
 -- include: look
 local prefix = ARGV[5]
 local entries, ids = {}, {}
@@ -76,6 +77,19 @@ for i, e in ipairs(entries) do
   end
 end
 
+local goes_to = {c = 6, r = 4, a = 5}
+local requeues = false
+local looked = {}
+for _, i in ipairs(ours) do
+  local container = goes_to[entries[i].kind]
+  if container and not looked[container] then
+    looked[container] = true
+    redis.call('ZCARD', KEYS[container])
+  end
+  requeues = requeues or entries[i].kind == 'q'
+end
+if requeues then redis.call('LLEN', KEYS[3]) end
+
 -- Off the list of active tasks: one by one for a few, one pass for many (with 1,000 long tasks in it: 8 instead of 41 us a task).
 if #ours > 0 and #ours <= 3 then
   for _, i in ipairs(ours) do
@@ -83,8 +97,15 @@ if #ours > 0 and #ours <= 3 then
   end
 elseif #ours > 3 then
   local leaving, rest = {}, {}
-  for _, i in ipairs(ours) do leaving[entries[i].id] = i end
-  local left = #ours
+  local left = 0
+  for _, i in ipairs(ours) do
+    if leaving[entries[i].id] then
+      verdicts[i] = 0 -- twice in one call: once is enough
+    else
+      leaving[entries[i].id] = i
+      left = left + 1
+    end
+  end
   for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
     if leaving[id] then
       if leaving[id] ~= true then left = left - 1 end
@@ -156,27 +177,31 @@ end
 variadic('ZREM', KEYS[2], leases)
 variadic('RPUSH', KEYS[3], pending)
 
--- Counters as Go keeps them: the day's get their expiry with the first count, the totals go back to 1 at the top.
+-- Counters as Go keeps them: the day's get their expiry with the first count, the totals go back to 1 at the top. One that
+-- holds no number is left as it is: the tasks are written, and statistics must not undo that.
 local function count(day_key, n)
-  if n > 0 and redis.call('INCRBY', day_key, n) == n then redis.call('EXPIREAT', day_key, ARGV[1]) end
+  if n > 0 and redis.pcall('INCRBY', day_key, n) == n then redis.call('EXPIREAT', day_key, ARGV[1]) end
 end
 count(KEYS[9], processed)
 count(KEYS[10], failures)
 if processed > 0 then
   local top = 9223372036854775807
-  local total = tonumber(redis.call('GET', KEYS[7]) or 0)
-  if total + processed < top then
-    redis.call('INCRBY', KEYS[7], processed)
-    if failures > 0 then redis.call('INCRBY', KEYS[8], failures) end
+  local function total()
+    local text = redis.pcall('GET', KEYS[7])
+    return type(text) == 'string' and tonumber(text) or 0
+  end
+  if total() + processed < top then
+    redis.pcall('INCRBY', KEYS[7], processed)
+    if failures > 0 then redis.pcall('INCRBY', KEYS[8], failures) end
   else
     -- Only `processed` is tested, and both begin again with it.
     for n = 1, processed do
-      if tonumber(redis.call('GET', KEYS[7]) or 0) == top then
+      if total() == top then
         redis.call('SET', KEYS[7], 1)
         if n <= failures then redis.call('SET', KEYS[8], 1) end
       else
-        redis.call('INCR', KEYS[7])
-        if n <= failures then redis.call('INCR', KEYS[8]) end
+        redis.pcall('INCR', KEYS[7])
+        if n <= failures then redis.pcall('INCR', KEYS[8]) end
       end
     end
   end

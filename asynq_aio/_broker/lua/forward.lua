@@ -11,7 +11,7 @@
 --
 -- A score is the due second, cut off; where the moment lies inside it, aio_due_ns says so as long as its second is the score.
 -- Only the current second can hold such ids, so it alone is looked through to its end.
--- The first write (ZREM) is one that a full Redis allows.
+-- The first write (ZREM) is one that a full Redis allows. A container of a wrong type refuses the call whole.
 -- include: look
 local now_ns = ARGV[1]
 if now_ns == '' then
@@ -70,6 +70,9 @@ while not done do
 end
 
 if #leaving > 0 then
+  if #tasks > 0 then redis.call('LLEN', KEYS[2]) end
+  if #groups > 0 then redis.call('SCARD', KEYS[3]) end
+  if #ghosts > 0 then redis.call('ZCARD', KEYS[4]) end
   variadic('ZREM', KEYS[1], leaving)
   for _, id in ipairs(tasks) do
     redis.call('HSET', ARGV[3] .. id, 'state', 'pending', 'pending_since', now_ns)
