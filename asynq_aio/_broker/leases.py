@@ -63,7 +63,7 @@ async def extend(
     """
     name = keys.lease(queue)
     for lease in leases:
-        # Before it is sent: what Redis may have. Ten seconds after the last success that is far below what a server would
+        # Before it is sent: what Redis may have. So soon after the last success that is far below what a server would
         # write that has waited for the lease to end.
         lease.expires_unix = max(lease.expires_unix, expires_unix)
     for first in range(0, len(leases), 1000):

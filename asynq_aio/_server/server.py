@@ -399,18 +399,19 @@ class AsyncServer:
         self._started_ns = self._store.clock.time_ns()
         ending = asyncio.ensure_future(self._end.wait())
         connecting: asyncio.Future[ServerFacts] = asyncio.ensure_future(self._reach())
+        both: list[asyncio.Future[Any]] = [ending, connecting]
         try:
-            await asyncio.wait([ending, connecting], timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
             if ready is not None and not connecting.done():
                 ready.set()
-            await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not connecting.done():
                 return
             facts = connecting.result()
         finally:
             ending.cancel()
             connecting.cancel()
-            await asyncio.gather(ending, connecting, return_exceptions=True)
+            await asyncio.gather(*both, return_exceptions=True)
         self._started_ns = self._store.now_ns()
         if facts.maxmemory and facts.maxmemory_policy != "noeviction":
             logger.warning(
