@@ -24,7 +24,7 @@ from asynq_aio import (
     default_redis,
 )
 
-__all__ = ["EMBEDDED", "Connection", "connected", "uri_of"]
+__all__ = ["EMBEDDED", "Connection", "connected", "point_to", "uri_of"]
 
 EMBEDDED: Final = "embedded://"
 _SETTINGS: Final = ("uri", "db", "password", "username", "cluster", "cluster_addrs", "tls", "tls_server", "insecure")
@@ -125,10 +125,15 @@ class Connection:
         password gets into the command line of a process, which others can read.
         """
         opt = self.redis(environ)
-        for name in _SETTINGS:
-            environ.pop(f"ASYNQ_{name.upper()}", None)
-        environ["ASYNQ_URI"] = uri_of(opt)
+        point_to(uri_of(opt), environ)
         return opt
+
+
+def point_to(uri: str, environ: MutableMapping[str, str]) -> None:
+    """Let the environment say that Redis is there, and nothing else about it."""
+    for name in _SETTINGS:
+        environ.pop(f"ASYNQ_{name.upper()}", None)
+    environ["ASYNQ_URI"] = uri
 
 
 def connected(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from asynq_aio import EmbeddedCluster, EmbeddedRedis
-from asynq_aio.cli.connection import Connection
+from asynq_aio.cli.connection import Connection, point_to
 from asynq_aio.cli.logs import LogFormat, LogLevel, start_logging
 from asynq_aio.cli.output import OK, USAGE, CommandError, print_note
 from asynq_aio.cli.supervisor import require_supervision
@@ -87,9 +87,7 @@ async def _dev(
     flags: WorkerFlags, redis: EmbeddedRedis | EmbeddedCluster, *, count: int, reload: bool, health_port: int | None
 ) -> int:
     async with redis:
-        for name in [name for name in os.environ if name.startswith("ASYNQ_")]:
-            del os.environ[name]  # they lead elsewhere
-        os.environ["ASYNQ_URI"] = redis.uri
+        point_to(redis.uri, os.environ)
         print(f"private server: {redis.uri}")
         print("in another terminal:")
         print(f"  export ASYNQ_URI={redis.uri}")

@@ -276,7 +276,11 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGTSTP: self._silence}
+        handlers = {
+            signal.SIGTERM: self._on_end_signal,
+            signal.SIGINT: self._on_end_signal,
+            signal.SIGTSTP: self._silence,
+        }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -285,9 +289,12 @@ class Supervisor:
             for number in handlers:
                 loop.remove_signal_handler(number)
 
-    def _stop(self) -> None:
+    def _on_end_signal(self) -> None:
         again = self._stopping.is_set()
         logger.info("second signal: aborting" if again else "stopping; a second signal aborts")
+        self._stop()
+
+    def _stop(self) -> None:
         self._stopping.set()
         for child in self._children.values():
             if child.running:

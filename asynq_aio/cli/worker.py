@@ -21,7 +21,16 @@ from typing import Annotated, Final, TypeVar
 
 import typer
 
-from asynq_aio import AsyncServer, AsynqError, RedisClientOpt, RedisConnOpt, ServeMux, ServerConfig, __version__
+from asynq_aio import (
+    AsyncServer,
+    AsynqError,
+    BrokerUnavailableError,
+    RedisClientOpt,
+    RedisConnOpt,
+    ServeMux,
+    ServerConfig,
+    __version__,
+)
 from asynq_aio.cli.connection import EMBEDDED, Connection
 from asynq_aio.cli.health import STALE_SECONDS, Answer, serving
 from asynq_aio.cli.logs import LogFormat, LogLevel, start_logging
@@ -163,7 +172,8 @@ def worker(
 
     [bold]Example:[/bold] asynq-aio worker app:mux --queues critical=6,default=3 --concurrency 50
     """
-    decided_by = decided_by or ",".join(connection.given())
+    if supervised is None:
+        decided_by = ",".join(connection.given())
     flags = WorkerFlags(target, queues, concurrency, strict, shutdown_timeout, burst, log_level, log_format, decided_by)
     flags.config()  # what is wrong with a flag is said before anything starts
     redis = connection.settle(os.environ)
@@ -297,10 +307,15 @@ class _Worker:
 
 
 async def _say_redis(server: AsyncServer) -> None:
-    try:
-        facts = await server.facts()
-    except AsynqError:
-        return  # the server itself says what is in the way, once
+    while True:
+        try:
+            facts = await server.facts()
+        except BrokerUnavailableError:
+            await asyncio.sleep(_TURN_SECONDS)  # the server waits too, and says so
+        except AsynqError:
+            return  # the server ends with it
+        else:
+            break
     logger.info(
         "connected to %s: %s %s, %s",
         *(

@@ -150,8 +150,10 @@ class Command:
         )
 
     @contextmanager
-    def running(self, *arguments: str, env: Mapping[str, str] | None = None) -> Generator[Running]:
-        """Run it as long as the block; what is left then is killed."""
+    def running(
+        self, *arguments: str, env: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+    ) -> Generator[Running]:
+        """Run it as long as the block, `before` first in its process; what is left then is killed."""
         with subprocess.Popen(
             self._line(arguments),
             cwd=self.directory,
@@ -160,6 +162,7 @@ class Command:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
+            preexec_fn=before,  # noqa: PLW1509  (it only makes system calls)
         ) as process:
             running = Running(process)
             try:

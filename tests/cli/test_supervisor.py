@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +110,33 @@ def test_children_outlive_no_supervisor(
         until(lambda: all(map(_gone, children)), "the children are gone")
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_in_a_terminal(command: Command, uri: str, queue: str, client: SyncClient, processes: str) -> None:
+    """The terminal signals its whole foreground group; each worker hears of it once, and drains."""
+    ours, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    line = ["worker", "app:mux", "--queues", queue, "-u", uri, "--processes", processes]
+    try:
+        with command.running(*line, before=take_terminal) as worker:
+            for count in range(1, int(processes) + 1):
+                worker.wait_for("connected to", times=count)
+            client.enqueue("email:long", 0.5, queue=queue)
+            worker.wait_for("begun")
+            os.write(ours, b"\x03")
+            assert worker.end() == 0
+            text = worker.text
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert text.count("shutting down; once more to abort") == int(processes)
+    assert "again: aborting" not in text
+    assert "ended" in text
+
+
 def test_quiet_reaches_all(command: Command, uri: str, queue: str, until: Callable[..., None]) -> None:
     """TSTP of the supervisor: its children take no more tasks, and so does one that comes later."""
     line = ["worker", "app:mux", "--queues", queue, "-u", uri, "--processes", "2", "--health-port", "0"]
@@ -172,6 +202,17 @@ def test_a_server_of_ones_own_elsewhere(command: Command, uri: str) -> None:
     assert "with its own settings; --uri cannot change them" in told.stderr
 
 
+def test_a_server_of_ones_own(command: Command, uri: str, queue: str) -> None:
+    """Without such flags each process runs the program's own server."""
+    command.write(
+        f"from app import mux\nfrom asynq_aio import AsyncServer\nserver = AsyncServer({uri!r}, queues=[{queue!r}])\n",
+        "mine.py",
+    )
+    told = command("worker", "mine:server", "--processes", "2", "--burst")
+    assert told.returncode == 0, told.stderr
+    assert told.stderr.count(f"queues: {queue}=1") == 2
+
+
 def test_json_lines(command: Command, uri: str, queue: str) -> None:
     """Of the supervisor and of its children alike."""
     told = command(
@@ -192,14 +233,14 @@ def test_reload(command: Command, uri: str, queue: str, client: SyncClient) -> N
         worker.wait_for("connected to")
         client.enqueue("a", 1, queue=queue)
         worker.wait_for("one")
-        command.write("not python\n", "live.py")
+        command.write("x x\n", "live.py")
         worker.wait_for("live.py changed; restarting")
         worker.wait_for("SyntaxError")
         worker.wait_for("waiting for a change of the code")
-        command.write(f"{text}    print('two', flush=True)\n", "live.py")
+        command.write(f"{text}    print('second', flush=True)\n", "live.py")
         worker.wait_for("connected to", times=2)
         client.enqueue("a", 1, queue=queue)
-        worker.wait_for("two")
+        worker.wait_for("second")
         assert worker.stop() == 0
         assert "all processes: processed 2 tasks" in worker.text
 

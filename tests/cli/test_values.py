@@ -39,7 +39,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 def test_a_number_without_unit_gets_a_hint() -> None:
     """Who forgets the unit is shown one."""
-    with pytest.raises(typer.BadParameter, match=r"did you mean 30s$"):
+    with pytest.raises(typer.BadParameter, match=r"did you mean 30s\?$"):
         parse_duration("30")
 
 
