@@ -263,8 +263,8 @@ class AsyncServer:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close)
-                await self._connect(ready)
-                await self._work(compiled, stack, burst=burst, ready=ready)
+                if await self._connect(ready):
+                    await self._work(compiled, stack, burst=burst, ready=ready)
         finally:
             self.state = "closed"
             self._ended.set()
@@ -391,8 +391,8 @@ class AsyncServer:
             logger.critical("the %s has died; the server shuts down", type(duty).__name__, exc_info=True)
             raise
 
-    async def _connect(self, ready: asyncio.Event | None) -> None:
-        """Wait for Redis, however long it is away; what waiting does not mend is raised.
+    async def _connect(self, ready: asyncio.Event | None) -> bool:
+        """Wait for Redis, however long it is away; what waiting does not mend is raised. False: ended before it came.
 
         An application is not held up at its start for longer than a few seconds: it is told by `healthy`.
         """
@@ -406,7 +406,7 @@ class AsyncServer:
                 ready.set()
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not connecting.done():
-                return
+                return False
             facts = connecting.result()
         finally:
             ending.cancel()
@@ -419,6 +419,7 @@ class AsyncServer:
                 self.description,
                 facts.maxmemory_policy,
             )
+        return True
 
     async def _reach(self) -> ServerFacts:
         while True:
@@ -436,7 +437,7 @@ class AsyncServer:
             async with asyncio.timeout(5.0):
                 await presence.clear()
         except (BrokerUnavailableError, TimeoutError) as exc:
-            logger.warning("the server's entry could not be cleared, it expires: %s", exc)
+            logger.warning("the server's entry could not be cleared, it expires: %s", str(exc) or "no answer in 5 s")
 
     async def _close(self) -> None:
         with anyio.CancelScope(shield=True):
