@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +21,12 @@ from redis.exceptions import ResponseError
 
 from asynq_aio._broker.embedded import EmbeddedCluster, EmbeddedRedis, find_binary, private_server, server
 from asynq_aio.errors import BrokerUnavailableError, ConfigError
-from tests.servers import Version, binary, is_running, own_cluster, own_sentinel, own_standalone
+from tests.servers import Version, binary, eventually, is_running, own_cluster, own_sentinel, own_standalone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSIONS: list[Version] = ["valkey9", "redis7"]
-
-
-def eventually(holds: Any, seconds: float = 10) -> bool:
-    """For what another process does: there is no event to wait for."""
-    until = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 # One server
