@@ -19,11 +19,13 @@ from asynq_aio._task import Task, encode_payload
 from asynq_aio._wire import codec
 from asynq_aio._wire.limits import DEFAULT_TIMEOUT
 from asynq_aio.errors import (
+    AsynqError,
     HandlerNotFoundError,
     InvalidTaskError,
     LeaseExpiredError,
     MessageDecodeError,
     RevokeTask,
+    SkipRetry,
     TaskCancelledError,
 )
 
@@ -270,23 +272,19 @@ class Executor:
         else:
             outcome = outcomes.failed(message, attempt.lease, error, task, self._config, now_ns)
         self._settled(attempt, outcome)
-        text = outcomes.error_text(error)
+        names = (message.id, message.type, message.queue, outcomes.error_text(error))
+        # Our own errors say everything; of the handler's, people want to see where they come from.
+        trace = None if isinstance(error, AsynqError | SkipRetry | RevokeTask) else error
         match outcome:
             case Archive():
                 self._stats.archived += 1
-                logger.warning(
-                    "task %s (%s) of queue %s is archived: %s", message.id, message.type, message.queue, text
-                )
+                logger.warning("task %s (%s) of queue %s is archived: %s", *names, exc_info=trace)
             case _ if outcomes.is_verdict(error, RevokeTask):
                 self._stats.revoked += 1
-                logger.info("task %s (%s) of queue %s is revoked: %s", message.id, message.type, message.queue, text)
+                logger.info("task %s (%s) of queue %s is revoked: %s", *names)
             case _:
                 self._stats.retried += 1
-                logger.info(
-                    "task %s (%s) of queue %s will be retried: %s", message.id, message.type, message.queue, text
-                )
-        if logger.isEnabledFor(logging.DEBUG) and error.__traceback__ is not None:
-            logger.debug("task %s: where it failed", message.id, exc_info=error)
+                logger.info("task %s (%s) of queue %s will be retried: %s", *names, exc_info=trace)
 
     def _encode_result(self, message: TaskMessage, result: object) -> bytes | None:
         if result is None or message.retention <= 0:

@@ -19,6 +19,7 @@ import anyio
 from asynq_aio._broker.presence import Presence
 from asynq_aio._broker.store import Store
 from asynq_aio._client import Client
+from asynq_aio._config import default_redis
 from asynq_aio._handler import ServeMux, compile_handler
 from asynq_aio._server.config import ServerConfig
 from asynq_aio._server.duties.forwarder import Forwarder
@@ -66,6 +67,9 @@ _STALE = 15.0
 class AsyncServer:
     """Takes tasks from its queues and runs a handler for each, as many at once as `concurrency` says.
 
+    `redis` says where: an option, a URI or a redis-py client, whose settings are copied; without one, what the
+    environment (`ASYNQ_URI`) or the config file says, else 127.0.0.1:6379.
+
     `async with server.running(mux)` inside of an application, `await server.run(mux)` as a program of its own. A server
     runs once; afterwards make a new one.
 
@@ -75,7 +79,7 @@ class AsyncServer:
 
     def __init__(  # noqa: PLR0913  (each is a setting of ServerConfig; `config` takes them ready made)
         self,
-        redis: RedisConnOpt | str | RedisClient,
+        redis: RedisConnOpt | str | RedisClient | None = None,
         *,
         concurrency: int | None = None,
         queues: Mapping[str, int] | Sequence[str] | None = None,
@@ -108,8 +112,8 @@ class AsyncServer:
         self.pid = os.getpid()
         self.state: State = "new"
         self.stats = ServerStats()
-        self._redis = redis
-        self._store = Store(redis)
+        self._redis = default_redis(os.environ) if redis is None else redis
+        self._store = Store(self._redis)
         self.description = self._store.description
         """What it is connected to, without secrets."""
         self._client: Client | None = None
