@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from asynq_aio._broker.scores import unix_of
 from asynq_aio._broker.scripts import load
 from asynq_aio._task import TaskState
 from asynq_aio._wire import keys
@@ -33,7 +34,7 @@ async def first_due(store: Store, queue: str, source: Source) -> int | None:
     """The lowest score, Unix seconds: a task may be due from then on. None: there is no task."""
     name = keys.of_state(queue, source)
     head = await store.call("ZRANGE", name, 0, 0, "WITHSCORES", key=name)
-    return int(float(head[1])) if head else None
+    return unix_of(head[1]) if head else None
 
 
 async def forward(store: Store, queue: str, source: Source, now_ns: int | None = None) -> Forwarded:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from asynq_aio._broker.scores import unix_of
 from asynq_aio._wire import keys
+from asynq_aio.errors import BrokerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,19 +34,27 @@ async def lowest_leases(store: Store, queue: str, limit: int) -> list[tuple[byte
     """
     name = keys.lease(queue)
     flat = await store.call("ZRANGE", name, 0, limit - 1, "WITHSCORES", key=name)
-    return [(task_id, int(float(score))) for task_id, score in zip(flat[::2], flat[1::2], strict=True)]
+    return [(task_id, unix_of(score)) for task_id, score in zip(flat[::2], flat[1::2], strict=True)]
 
 
 async def look(store: Store, queue: str, task_ids: Sequence[bytes]) -> list[Held]:
     """What the hashes of these tasks say."""
-    names = [keys.task_prefix(queue).encode() + task_id for task_id in task_ids]
-    replies = await asyncio.gather(
-        *(store.call("HMGET", name, "msg", "aio_owner", "aio_recovered", key=name) for name in names)
+    prefix = keys.task_prefix(queue).encode()
+    return list(await asyncio.gather(*(_look(store, prefix + task_id) for task_id in task_ids)))
+
+
+async def _look(store: Store, name: bytes) -> Held:
+    try:
+        encoded, owner, recovered = await store.call("HMGET", name, "msg", "aio_owner", "aio_recovered", key=name)
+    except BrokerError as exc:
+        if "WRONGTYPE" not in str(exc):
+            raise
+        return Held(None, "", 0)  # no hash, no task: it must not hold up the recovery of the others
+    return Held(
+        encoded,
+        owner.decode(errors="replace") if owner else "",
+        int(recovered) if recovered and recovered.isdigit() else 0,
     )
-    return [
-        Held(encoded, owner.decode(errors="replace") if owner else "", int(recovered or 0))
-        for encoded, owner, recovered in replies
-    ]
 
 
 async def server_is_present(store: Store, owner: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asynq_aio._broker.scores import unix_of
 from asynq_aio._broker.scripts import load
 from asynq_aio._wire import keys
 
@@ -20,7 +21,7 @@ async def first_expiry(store: Store, queue: str) -> int | None:
     """When the next completed task goes, Unix seconds; None: there is none."""
     name = keys.completed(queue)
     head = await store.call("ZRANGE", name, 0, 0, "WITHSCORES", key=name)
-    return int(float(head[1])) if head else None
+    return unix_of(head[1]) if head else None
 
 
 async def delete_expired(store: Store, queue: str, batch: int, now_unix: int | None = None) -> tuple[int, int]:

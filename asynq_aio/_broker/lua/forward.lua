@@ -91,6 +91,6 @@ if #leaving > 0 then
 end
 if not next_ns then
   local after = redis.call('ZRANGE', KEYS[1], '(' .. now_s, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
-  if #after > 0 then next_ns = string.format('%.0f', tonumber(after[2])) .. '000000000' end
+  if #after > 0 and after[2] ~= 'inf' then next_ns = string.format('%.0f', tonumber(after[2])) .. '000000000' end
 end
 return {#leaving, left, next_ns or ''}
