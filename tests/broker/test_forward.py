@@ -231,6 +231,16 @@ async def test_a_damaged_container_changes_nothing(
     assert states == [b"retry", b"retry"]
 
 
+async def test_a_task_that_is_put_off_for_ever(frozen: Store, redis: Any, queue: str, clock: FrozenClock) -> None:
+    """A score of infinity is never due, and no number that anything stumbles over."""
+    await redis.zadd(keys.retry(queue), {"never": "inf"})
+    assert await forward.first_due(frozen, queue, TaskState.RETRY) == 2**62
+    assert await forward.forward(frozen, queue, TaskState.RETRY, clock.now_ns) == (0, 0, None)
+    await redis.zadd(keys.retry(queue), {"now": "-inf"})
+    assert await forward.first_due(frozen, queue, TaskState.RETRY) == -(2**62)
+    assert await forward.forward(frozen, queue, TaskState.RETRY, clock.now_ns) == (1, 0, None)
+
+
 # -- the duty, and a full Redis
 
 
