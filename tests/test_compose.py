@@ -195,3 +195,14 @@ def test_the_image_has_all_that_its_build_copies() -> None:
     for source in sources:
         assert (ROOT / source).exists()
         assert any(fnmatch.fnmatch(source, pattern) for pattern in let_through), source
+
+
+def test_the_web_app_is_there() -> None:
+    """The module that uvicorn is told to serve, and the address of the health check in it."""
+    web = model("full.yaml")["services"]["web"]
+    app, directory = web["command"][1], web["command"][2].removeprefix("--app-dir=")
+    module = ROOT / directory / f"{app.partition(':')[0]}.py"
+    assert f"\n{app.partition(':')[2]} = FastAPI(" in module.read_text()
+    path = re.search(r"http://127\.0\.0\.1:8000(/\w+)", " ".join(web["healthcheck"]["test"]))
+    assert path is not None
+    assert f'"{path[1]}"' in module.read_text()
