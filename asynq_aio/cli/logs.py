@@ -17,11 +17,12 @@ __all__ = ["LogFormat", "LogLevel", "start_logging"]
 
 
 class LogLevel(StrEnum):
-    """Levels by the words of Go's asynq."""
+    """Levels by the words of Go's asynq; Python's word for one of them, too."""
 
     DEBUG = "debug"
     INFO = "info"
     WARN = "warn"
+    WARNING = "warning"
     ERROR = "error"
 
 
@@ -36,6 +37,7 @@ _NUMBERS: Final = {
     LogLevel.DEBUG: logging.DEBUG,
     LogLevel.INFO: logging.INFO,
     LogLevel.WARN: logging.WARNING,
+    LogLevel.WARNING: logging.WARNING,
     LogLevel.ERROR: logging.ERROR,
 }
 _NAMES: Final = {logging.WARNING: "warn", logging.CRITICAL: "fatal"}
