@@ -34,7 +34,7 @@ class Verdict(Enum):
     LOST = 0
     """The task is gone, or somebody else has it: nothing was changed, nothing was counted."""
     TRYAGAIN = 3
-    """Its slot is moving and it could not be reached: untouched."""
+    """Untouched: its slot is moving, or its lease was raised while the call was under way."""
 
 
 @dataclass(slots=True)
@@ -131,6 +131,7 @@ async def finish(store: Store, queue: str, outcomes: Sequence[Outcome]) -> list[
     now_unix = now_ns // 1_000_000_000
     day, cutoff_unix = _day(now_unix // 86400)
     names: list[str | bytes] = [*_fixed_keys(queue, day)]
+    guards = [outcome.lease.expires_unix for outcome in outcomes]
     args: list[str | bytes | int | float] = [
         now_unix + STATISTICS_SECONDS,
         now_unix,
@@ -173,12 +174,17 @@ async def finish(store: Store, queue: str, outcomes: Sequence[Outcome]) -> list[
             for outcome in outcomes:
                 outcome.sent = True
         raise
-    return [_verdict(outcome, number) for outcome, number in zip(outcomes, reply, strict=True)]
+    return list(map(_verdict, outcomes, guards, reply))
 
 
-def _verdict(outcome: Outcome, number: int) -> Verdict:
+def _verdict(outcome: Outcome, guard_unix: int, number: int) -> Verdict:
     if number == 2:
-        return Verdict.WRITTEN if outcome.sent else Verdict.LOST
+        number = 1 if outcome.sent else 0
+    lease = outcome.lease
+    if number == 0 and (lease.expires_unix > guard_unix or lease.unheard):
+        # The call waited, for a slot that moved or a node that came back, and our own heartbeater has raised the lease
+        # meanwhile: what looked like another's lease may be ours.
+        return Verdict.TRYAGAIN
     return Verdict(number)
 
 

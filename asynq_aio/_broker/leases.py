@@ -36,8 +36,9 @@ class Lease:
     expires_unix: int
     """Unix seconds: the highest expiry that is known to be, or to have been, in Redis by its holder's doing."""
     exact: bool = False
-    unheard_unix: int = 0
-    """What a `regain` sent whose reply was lost; the next one settles it. 0 = nothing."""
+    unheard: tuple[int, ...] = ()
+    """What `regain` has sent without having heard of it: it is under way, or its reply was lost. One of these may stand
+    in Redis; the next answer settles it."""
 
     @property
     def task_key(self) -> str | bytes:
@@ -94,25 +95,39 @@ async def regain(
         part, waiting = waiting[:500], waiting[500:]
         names = [keys.lease(queue), *(lease.task_key for lease in part)]
         args: list[str | bytes | int] = [expires_unix]
+        known = [(lease.expires_unix, lease.unheard) for lease in part]
         for lease in part:
-            args += (lease.task_id, lease.owner, lease.expires_unix, lease.unheard_unix)
+            args += (lease.task_id, lease.owner, lease.expires_unix, " ".join(map(str, lease.unheard)))
+            lease.unheard = (*lease.unheard, expires_unix)  # before it is sent: an outcome may be on its way meanwhile
         try:
             verdicts = await store.run(_REGAIN, names, args, deadline=deadline, lane="lease")
         except BrokerUnavailableError as exc:
-            if exc.sent:
+            if not exc.sent:
                 for lease in part:
-                    lease.unheard_unix = expires_unix
+                    lease.unheard = _without(lease.unheard, (expires_unix,))
             raise
-        for lease, verdict in zip(part, verdicts, strict=True):
-            if verdict == 0:
-                lost.append(lease)
-            elif verdict == 1:
-                lease.expires_unix, lease.unheard_unix = max(lease.expires_unix, expires_unix), 0
-            else:
+        for lease, (highest_unix, unheard), verdict in zip(part, known, verdicts, strict=True):
+            if verdict == 3:
+                lease.unheard = _without(lease.unheard, (expires_unix,))
                 moving.append(lease)
+                continue
+            lease.unheard = _without(lease.unheard, (*unheard, expires_unix))
+            if verdict == 1:
+                lease.expires_unix = max(lease.expires_unix, expires_unix, *unheard)
+            elif lease.expires_unix <= highest_unix:  # else another call of ours has raised it meanwhile
+                lost.append(lease)
     if moving:
         raise BrokerUnavailableError(f"the slot of queue {queue!r} is moving: {len(moving)} leases are out of reach")
     return lost
+
+
+def _without(values: tuple[int, ...], settled: tuple[int, ...]) -> tuple[int, ...]:
+    """Each of `settled` taken out once."""
+    left = list(values)
+    for value in settled:
+        if value in left:
+            left.remove(value)
+    return tuple(left)
 
 
 async def without_lease(store: Store, queue: str) -> set[bytes]:

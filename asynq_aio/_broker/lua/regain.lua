@@ -4,23 +4,24 @@
 --   1  asynq:{q}:lease  ZSET  id -> expiry, Unix seconds       then for each task: asynq:{q}:t:<id> HASH
 -- ARGV
 --   1  new expiry, Unix seconds    then for each task: id, its aio_owner, the highest expiry that this server is known to
---      have given it, and one that it sent without hearing of it, 0 = none
+--      have given it, and those that it sent without hearing of them, blanks between
 -- Returns an array with one number for each task: 1 raised, 0 lost, 3 out of reach (the slot is moving)
 --
 -- A score above that is another's (Go's servers leave our owner in the hash), unless it is the very one of this call, which
--- has been here before, or of the unheard one.
+-- has been here before, or one of the unheard ones.
 -- The first write (ZREM of nothing) is one that a full Redis allows.
 -- include: look
 local verdicts = {}
 redis.call('ZREM', KEYS[1], '')
 for i = 1, #KEYS - 1 do
-  local id, owner, highest, unheard = ARGV[4 * i - 2], ARGV[4 * i - 1], tonumber(ARGV[4 * i]), tonumber(ARGV[4 * i + 1])
+  local id, owner, highest, unheard = ARGV[4 * i - 2], ARGV[4 * i - 1], tonumber(ARGV[4 * i]), ARGV[4 * i + 1]
   local fields = redis.pcall('HMGET', KEYS[i + 1], 'aio_owner', 'state')
-  local score = tonumber(redis.call('ZSCORE', KEYS[1], id) or nil)
+  local score = redis.call('ZSCORE', KEYS[1], id)
   if unreachable(fields) then
     verdicts[i] = 3
   elseif not failed(fields) and fields[1] == owner and fields[2] == 'active'
-      and score and (score <= highest or score == tonumber(ARGV[1]) or score == unheard) then
+      and score and (tonumber(score) <= highest or score == ARGV[1]
+        or string.find(' ' .. unheard .. ' ', ' ' .. score .. ' ', 1, true)) then
     redis.call('ZADD', KEYS[1], 'XX', 'GT', ARGV[1], id)
     verdicts[i] = 1
   else

@@ -112,7 +112,7 @@ class Syncer:
 
     async def _write(self, queue: str, part: Sequence[_Waiting]) -> list[_Waiting]:
         """Write one chunk; returns what has to be written again."""
-        await self._settle_leases(queue, [attempt for attempt, _ in part if attempt.lease.unheard_unix])
+        await self._settle_leases(queue, [attempt for attempt, _ in part if attempt.lease.unheard])
         try:
             verdicts = await finish.finish(self._store, queue, [outcome for _, outcome in part])
         except BrokerUnavailableError as exc:
@@ -152,7 +152,7 @@ class Syncer:
         return again
 
     async def _settle_leases(self, queue: str, unheard: Sequence[Attempt]) -> None:
-        """Where the reply to a regain was lost, nobody knows which expiry is ours: ask before anything is written."""
+        """Where a regain has not been heard of, nobody knows which expiry is ours: ask before anything is written."""
         if not unheard:
             return
         expires_unix = int(self._store.now()) + LEASE_SECONDS
