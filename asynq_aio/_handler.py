@@ -191,10 +191,15 @@ def _threaded(function: Callable[..., object], arguments: list[_Argument]) -> Ha
 
     async def handle(ctx: Context, task: Task) -> object:
         values = _values(arguments, ctx, task)
+        exits: list[BaseException] = []
 
         def run() -> object:
             ctx.raise_if_cancelled()
-            return function(*values)
+            try:
+                return function(*values)
+            except (SystemExit, KeyboardInterrupt) as exc:  # asyncio would end the loop with what its child raises
+                exits.append(exc)
+                return None
 
         cancelled: asyncio.CancelledError | None = None
         async with ctx.sync_limiter or anyio.to_thread.current_default_thread_limiter():
@@ -208,11 +213,13 @@ def _threaded(function: Callable[..., object], arguments: list[_Argument]) -> Ha
                     except asyncio.CancelledError as exc:
                         cancelled = exc
         if cancelled is None:
+            if exits:
+                raise exits[0]
             if not thread.cancelled() and thread.exception() is not None:
                 await anyio.lowlevel.checkpoint_if_cancelled()
             result = thread.result()
             return await result if inspect.isawaitable(result) else result  # a decorator hid a coroutine function
-        if thread.cancelled() or thread.exception() is not None:
+        if exits or thread.cancelled() or thread.exception() is not None:
             raise cancelled
         result = thread.result()
         if inspect.iscoroutine(result):
