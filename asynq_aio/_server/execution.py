@@ -50,6 +50,8 @@ logger = logging.getLogger("asynq_aio.server")
 
 # After its cancellation a handler has this long to clean up, seconds; then the outcome is written without it.
 _GRACE = 1.0
+# The end of the year 9999: a later deadline, which a peer may write, fits into no timestamp that others read.
+_LATEST_UNIX = 253_402_300_799.0
 
 
 class End(Enum):
@@ -141,6 +143,8 @@ class Executor:
         self._client = client
         self._sync_limiter = sync_limiter
         self._loop = asyncio.get_running_loop()
+        self._late: set[asyncio.Task[None]] = set()
+        """Calls of on_error for handlers that ignore their cancellation."""
         self.running = 0
         """Handlers that run; each has a slot."""
         self.state: Any = None
@@ -299,11 +303,12 @@ class Executor:
     async def _call_on_error(self, context: Context, task: Task, error: BaseException) -> None:
         if self._config.on_error is None:
             return
+        bind(context)
         try:
             answer = self._config.on_error(context, task, error)
             if inspect.isawaitable(answer):
                 await answer
-        except Exception:
+        except BaseException:  # SystemExit too; and a cancellation that comes now comes too late: the handler is done
             logger.exception("on_error raised; the task's outcome is not changed by it")
 
     # -- ended from outside
@@ -324,8 +329,8 @@ class Executor:
         """The handler ignores its cancellation: the outcome goes without it, the slot stays taken while it runs."""
         if attempt.child is None or attempt.settled:
             return
-        message, task, ended = attempt.message, attempt.task, attempt.ended
-        if message is None or task is None or ended is None:
+        message, task, context, ended = attempt.message, attempt.task, attempt.context, attempt.ended
+        if message is None or task is None or context is None or ended is None:
             return
         logger.warning(
             "task %s (%s) of queue %s: its handler goes on %g s after it was cancelled (%s); its slot stays taken",
@@ -335,10 +340,15 @@ class Executor:
             _GRACE,
             ended.value,
         )
+        error = _end_error(ended, None)
+        if self._config.on_error is not None:
+            late = self._loop.create_task(self._call_on_error(context, task, error))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
         if ended is End.LEASE:
             self._drop(attempt)
         else:
-            self._fail(attempt, task, message, _end_error(ended, None))
+            self._fail(attempt, task, message, error)
 
     def lose(self, attempt: Attempt) -> None:
         """Its lease is lost: somebody else has the task by now, and what this handler does counts no more."""
@@ -373,7 +383,7 @@ def deadline_unix(message: TaskMessage, now_ns: int) -> float:
     if earlier is math.inf or earlier == math.inf:
         logger.error("task %s has neither timeout nor deadline; %d s hold", message.id, DEFAULT_TIMEOUT)
         return now + DEFAULT_TIMEOUT
-    return earlier
+    return min(earlier, _LATEST_UNIX)
 
 
 def _end_error(reason: End, cause: BaseException | None) -> BaseException:
