@@ -87,6 +87,7 @@ class Attempt:
     """A task that this server has taken, until its outcome is final."""
 
     __slots__ = (
+        "begun",
         "child",
         "context",
         "deadline_unix",
@@ -109,6 +110,8 @@ class Attempt:
         self.context: Context | None = None
         self.child: asyncio.Task[None] | None = None
         """The running handler; None: there is none yet, or none any more."""
+        self.begun = False
+        """The child has had its first turn."""
         self.timer: asyncio.TimerHandle | None = None
         self.started_ns = 0
         self.deadline_unix = 0.0
@@ -212,10 +215,11 @@ class Executor:
     async def _run(self, attempt: Attempt, context: Context, task: Task, message: TaskMessage) -> None:
         result: object = None
         error: BaseException | None = None
+        attempt.begun = True
         try:
-            if attempt.deadline_unix * 1e9 <= attempt.started_ns:
-                attempt.ended = attempt.ended or End.DEADLINE
-            else:
+            if attempt.ended is None and attempt.deadline_unix * 1e9 <= attempt.started_ns:
+                attempt.ended = End.DEADLINE
+            if attempt.ended is None:
                 bind(context)
                 result = await self._handler(context, task)
         except BaseException as exc:  # noqa: BLE001  (whatever a handler raises is its task's outcome, SystemExit too)
@@ -321,7 +325,8 @@ class Executor:
         attempt.ended = reason
         if attempt.context is not None:
             attempt.context.end(reason.value)
-        child.cancel(reason.value)
+        if attempt.begun:  # else asyncio would throw before the first line of `_run`, and nothing would end the attempt
+            child.cancel(reason.value)
         if reason is not End.SHUTDOWN:  # the drain has a limit of its own
             attempt.timer = self._loop.call_later(_GRACE, self._give_up, attempt)
 

@@ -6,6 +6,7 @@ Each race is held open by a hook of the door (`Store.faults`), never by a pause.
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from asynq_aio import AsyncServer, Client, Task
 from asynq_aio._broker import leases
 from asynq_aio._broker.store import Fault
+from asynq_aio._server.execution import End, Executor
 from asynq_aio._wire import keys
-from tests.server.look import counted, drained, until
+from tests.server.look import counted, drained, state_becomes, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,3 +160,34 @@ async def test_two_regains_whose_replies_were_lost(uri: str, queue: str, client:
         work.release.set()
         await drained(redis, queue)
     assert (server.stats.succeeded, server.stats.lost) == (1, 0)
+
+
+# --- slots ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cancellation_before_the_first_turn(
+    uri: str, queue: str, client: Client, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is cancelled in the very turn of its claim is retried, and gives its slot back."""
+    begin = Executor.start
+    cancelled: list[str | bytes] = []
+
+    def start(executor: Executor, *args: Any) -> None:
+        begin(executor, *args)
+        if not cancelled:
+            for attempt in holdings_of(server):
+                cancelled.append(attempt.lease.task_id)
+                executor.end(attempt, End.CANCELLED)
+
+    monkeypatch.setattr(Executor, "start", start)
+    work = Work()
+    work.release.set()
+    server = AsyncServer(uri, queues=[queue], concurrency=1, retry_delay=lambda *_: timedelta(hours=1))
+    async with server.running(work):
+        first = await client.enqueue("x", queue=queue)
+        await state_becomes(redis, queue, first.id, "retry")
+        await client.enqueue("y", queue=queue)
+        await work.runs()
+        await drained(redis, queue)
+        await until(lambda: server.running_tasks == 0)
+    assert (cancelled, work.begun) == ([first.id], ["y"])
