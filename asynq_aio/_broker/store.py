@@ -221,6 +221,7 @@ class Store:
         self._closing: set[Lane] = set()
         self._waiting: set[Waiter | Subscription] = set()
         self._outages: dict[Address, float] = {}
+        self._dials_failed: dict[Address, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._offset_ns = 0
@@ -570,11 +571,14 @@ class Store:
             if lane.connected:
                 _log.debug("connection to %s lost: %s", node_name(address), cause)
             elif not is_refusal(cause):
-                self._outage(address, cause_text(cause, address))
+                self._dials_failed[address] = self._dials_failed.get(address, 0) + 1
+                if self._dials_failed[address] > 1:  # once is a server that is busy, or a connection that was killed
+                    self._outage(address, cause_text(cause, address))
 
         async def connect() -> Any:
             connection = await dial(self._settings, address)
             self._topology.trust(address)
+            self._dials_failed.pop(address, None)
             return connection
 
         self._stats.dials += 1

@@ -282,10 +282,12 @@ async def test_a_sentinel_master_dies(version: Version) -> None:
 @both
 async def test_a_restart_with_data_to_load(version: Version) -> None:
     """LOADING on a live lane is no error: callers wait until the data is there, and it is all there."""
-    slow = {"key-load-delay": "300", "loading-process-events-interval-bytes": "1024", "appendfsync": "always"}
+    # A server that loads looks at its clients every 1,024 commands.
+    slow = {"key-load-delay": "50", "appendfsync": "always"}
     async with own_standalone(version, appendonly=True, settings=slow) as server, Store(server.uri) as store:
+        server.execute("EVAL", "for n = 1, 30000 do redis.call('SET', n, n) end", 0)
         crowd = crowd_of(store)
-        await crowd.more(8 * CALLERS)
+        await crowd.more(CALLERS)
         seen: list[str] = []
 
         judge = store._judge
