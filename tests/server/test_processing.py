@@ -524,7 +524,7 @@ async def test_a_cancellation_hits_its_own_task_only(uri: str, queue: str, clien
 async def test_a_handler_that_swallows_its_cancellation(
     uri: str, queue: str, client: Client, redis: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The task goes on without it, its slot stays taken and is reported, on_error is called once, the exit is bounded."""
+    """The task goes on without it; its slot stays taken, and this is said; on_error hears it; the exit is bounded."""
     deaf = asyncio.Event()
     stop = asyncio.Event()
     errors: list[str] = []

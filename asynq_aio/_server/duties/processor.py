@@ -14,6 +14,9 @@ from asynq_aio._wire import keys
 from asynq_aio.errors import BrokerError, BrokerUnavailableError, OutcomeUnknownError
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
     from asynq_aio._broker.dequeue import Claim, Claimed, Status
     from asynq_aio._broker.store import Store
     from asynq_aio._broker.waits import Waiter
@@ -34,14 +37,17 @@ _PAUSED_LOOK = 2.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 0.5
 # How long cancelled handlers may take to clean up at shutdown, seconds.
 _CLEANUP = 2.0
-# How long a claim that is under way at shutdown may take to come home, seconds; then it is adopted.
-_CLAIM_HOME = 1.0
+# A claim that has not been answered by then must not keep more slots from the other queues, seconds.
+_LATE = 0.1
+# A claim waits so long for a node that is away or a slot that moves, seconds: a lease that it writes is not older. Then
+# the queue is asked without keeping slots, and the slots of a claim whose reply was lost are given to others, too.
+_PATIENCE = 2.0
 
 
 class _Queue:
     """What the processor knows of one queue."""
 
-    __slots__ = ("again", "asked", "claiming", "name", "owed", "pause", "paused", "ready", "watch")
+    __slots__ = ("again", "asked", "claiming", "late", "name", "owed", "pause", "paused", "ready", "watch")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -55,6 +61,8 @@ class _Queue:
         self.owed = 0
         """Slots that were drawn for this queue while a claim was under way; the next claim asks for them."""
         self.claiming: asyncio.Task[None] | None = None
+        self.late = False
+        """The claim under way has not been answered in time: no slots are drawn for this queue meanwhile."""
         self.watch = asyncio.Event()
         """Set while the queue is not ready: the watcher waits for a task."""
         self.pause = 0.0
@@ -66,7 +74,10 @@ class Processor:
 
     One claim is under way per queue; claims of different queues go side by side. A claim answers *tasks*, *empty*,
     *paused* or that the slot is moving; only *empty* lets the watcher block on the list. `pump` is the only place that
-    gives slots away: it runs when a slot or a queue becomes free, never on a timer.
+    gives slots away: it runs when a slot or a queue becomes free.
+
+    Invariant: handlers, slots asked for and slots kept for lost claims are never more than the concurrency. A queue
+    that cannot be reached keeps slots from the others for at most two seconds.
     """
 
     def __init__(
@@ -85,11 +96,11 @@ class Processor:
         self._taking = False
         self._pumping = False
         self._changed = asyncio.Event()
-        self._open: set[Claim] = set()
-        """Claims under way, and those whose reply was lost and that nobody has adopted yet."""
-        self._lost_slots = 0
-        """Slots that the tasks of lost claims may need."""
+        self._open: dict[Claim, int] = {}
+        """Claims under way, and lost ones that are not adopted yet -> slots kept for what a lost one took."""
         self._children: set[asyncio.Task[None]] = set()
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._over = False
         self._failure: asyncio.Future[None] = self._loop.create_future()
 
     # -- life
@@ -97,18 +108,17 @@ class Processor:
     async def run(self) -> None:
         """Take tasks until cancelled or stopped; raises what a child died of."""
         self._taking = True
-        watchers = [
-            self._child(self._poll(queue) if at >= _MOST_WAITERS else self._watch(queue))
-            for at, queue in enumerate(self._queues.values())
-        ]
+        for at, queue in enumerate(self._queues.values()):
+            self._watcher(self._poll(queue) if at >= _MOST_WAITERS else self._watch(queue))
         try:
             self.pump()
             await asyncio.shield(self._failure)
         finally:
             self._taking = False
-            for watcher in watchers:
+            self._over = True
+            for watcher in self._watchers:
                 watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def stop(self) -> None:
         """Take no more tasks; those that run go on."""
@@ -127,28 +137,40 @@ class Processor:
             not queue.claiming and (queue.paused or not (queue.ready or queue.again)) for queue in self._queues.values()
         )
 
-    async def drain(self, seconds: float) -> None:
-        """Let the running handlers end, at most so long; then cancel them, and their tasks go back to the queue."""
+    async def drain(self, seconds: float, *, patience: float) -> None:
+        """Let the running handlers end, at most so long; then cancel them, and their tasks go back to the queue.
+
+        Meanwhile claims come home; `patience`: how long to look for what a lost one took, seconds.
+        """
         self._taking = False
-        await self._bring_claims_home()
+        coming = self._loop.create_task(self._bring_claims_home(patience))
         try:
-            async with asyncio.timeout(seconds):
-                while self._executor.running:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            await self._abort()
+            try:
+                async with asyncio.timeout(seconds):
+                    while self._executor.running:
+                        self._changed.clear()
+                        await self._changed.wait()
+            except TimeoutError:
+                await self._abort()
+            await coming
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
 
     async def _abort(self) -> None:
         running = [attempt for attempt in self._holdings if attempt.child is not None]
         logger.warning("shutdown timeout: %d handlers are cancelled, their tasks go back to the queue", len(running))
-        for attempt in running:
+        for attempt in reversed(running):  # the one that began first is pushed last, and taken first
             self._executor.end(attempt, End.SHUTDOWN)
         children = [attempt.child for attempt in running if attempt.child is not None]
         if children:
             await asyncio.wait(children, timeout=_CLEANUP)
-        for attempt in reversed(running):  # the one that began first is pushed last, and taken first
-            if attempt.child is not None and not attempt.settled:
+        for attempt in reversed(running):
+            if attempt.child is None:
+                continue
+            # asyncio.run() would wait for it, for ever; here all has been tried.
+            asyncio.tasks._unregister_task(attempt.child)  # noqa: SLF001  (described for those who extend asyncio)
+            if not attempt.settled:
                 logger.error(
                     "task %r of queue %s: its handler ignores its cancellation; the task goes back all the same",
                     attempt.lease.task_id,
@@ -156,17 +178,20 @@ class Processor:
                 )
                 self._executor.requeue(attempt)
 
-    async def _bring_claims_home(self) -> None:
+    async def _bring_claims_home(self, patience: float) -> None:
         """No claim may stay under way: what it takes would belong to a server that is gone."""
         claiming = [queue.claiming for queue in self._queues.values() if queue.claiming]
         if claiming:
-            _, late = await asyncio.wait(claiming, timeout=_CLAIM_HOME)
+            _, late = await asyncio.wait(claiming, timeout=min(_PATIENCE + 0.5, patience))
             for child in late:
                 child.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        adoptions = [child for child in self._children if not child.done()]
+        adoptions = list(self._children)
         if self._open and adoptions:
-            await asyncio.wait(adoptions, timeout=self._store.deadline)
+            _, late = await asyncio.wait(adoptions, timeout=patience)
+            for child in late:
+                child.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         for claim in self._open:
             logger.error("queue %s: what claim %d took is not known; its lease will run out", claim.queue, claim.number)
 
@@ -184,18 +209,13 @@ class Processor:
         self._pumping = False
         if not self._taking or not self._syncer.room:
             return
+        free = self._free()
         queues = self._queues.values()
-        given = sum(queue.asked + queue.owed for queue in queues) + self._lost_slots
-        free = self._config.concurrency - self._executor.running - given
-        if self._weighted is None:
-            first = next((queue for queue in queues if queue.ready), None)
-            if first is not None and free > 0:
-                first.owed += free
-        elif free > 0:
-            ready = [queue.name for queue in queues if queue.ready]
-            if ready:
-                for name, slots in self._weighted.draw(ready, free).items():
-                    self._queues[name].owed += slots
+        ready = [queue.name for queue in queues if queue.ready and not queue.late]
+        if free > 0 and ready:
+            drawn = {ready[0]: free} if self._weighted is None else self._weighted.draw(ready, free)
+            for name, slots in drawn.items():
+                self._queues[name].owed += slots
         for queue in queues:
             if queue.owed and queue.claiming is None:
                 if queue.ready:
@@ -205,46 +225,59 @@ class Processor:
                     queue.owed = 0  # empty after all: its slots are drawn again
                     self.freed()
 
+    def _free(self) -> int:
+        """Slots that nobody has, and that are kept for nobody."""
+        given = sum(queue.asked + queue.owed for queue in self._queues.values()) + sum(self._open.values())
+        return self._config.concurrency - self._executor.running - given
+
     # -- claims
 
     async def _claim(self, queue: _Queue, n: int) -> None:
         self._claims_sent += 1
         claim = dequeue.new_claim(self._store, queue.name, self._server, self._claims_sent)
         sent = self._store.clock.monotonic()
-        self._open.add(claim)
+        self._open[claim] = 0
         lost = False
+        late = self._loop.call_later(_LATE, self._late, queue)
         try:
-            status, tasks = await dequeue.claim(self._store, claim, n)
+            status, tasks = await dequeue.claim(self._store, claim, n, deadline=_PATIENCE)
         except OutcomeUnknownError:
             lost = True
-        except BrokerUnavailableError as exc:
-            lost = exc.sent
-            if not lost:
-                self._open.discard(claim)
-            self._again(queue, jittered(_LONGEST_PAUSE))
+        except BrokerUnavailableError:  # nothing was sent
+            del self._open[claim]
+            self._reach_later(queue)
         except BrokerError as exc:
-            self._open.discard(claim)
+            del self._open[claim]
             logger.error("queue %s: cannot take tasks: %s", queue.name, exc)  # noqa: TRY400
             self._again(queue, jittered(5.0))
         except asyncio.CancelledError:
             lost = True
             raise
         else:
-            self._open.discard(claim)
+            del self._open[claim]
             self._took(queue, claim, sent, n, status, tasks)
         finally:
+            late.cancel()
             queue.claiming = None
+            queue.late = False
             queue.asked = 0
             if lost:
-                self._lost_slots += n
-                self._child(self._adopt(claim, n, sent))
+                self._open[claim] = n
+                self._reach_later(queue)
+                self._child(self._adopt(claim, sent))
             self.freed()
+
+    def _late(self, queue: _Queue) -> None:
+        """Other queues may have what was drawn for this one."""
+        queue.late = True
+        queue.owed = 0
+        self.freed()
 
     def _took(self, queue: _Queue, claim: Claim, sent: float, n: int, status: Status, tasks: list[Claimed]) -> None:
         queue.paused = status == "paused"
         if status == "tasks":
             queue.pause = 0.0
-            self._begin(claim, tasks, sent)
+            self._begin(claim, tasks, sent, n)
             full = sum(len(task.encoded) for task in tasks) >= dequeue.REPLY_BYTES // 2  # cut off by size, perhaps
             if len(tasks) < n and not full and tasks:
                 self._empty(queue)
@@ -256,32 +289,45 @@ class Processor:
         elif status == "tryagain":
             self._again(queue, jittered(0.05))
 
-    def _begin(self, claim: Claim, tasks: list[Claimed], sent: float) -> None:
-        if self._taking:
-            self._executor.start(claim, tasks, sent)
-            return
-        for task in reversed(tasks):  # stopped meanwhile; the oldest is pushed last, and taken first
+    def _begin(self, claim: Claim, tasks: list[Claimed], sent: float, room: int) -> None:
+        """Start as many of them as there is room for; the rest, and all where no more are taken, go back."""
+        if not self._taking:
+            room = 0
+        for task in reversed(tasks[room:]):  # the oldest is pushed last, and taken first
             self._executor.requeue(self._executor.hold(claim, task.task_id, sent))
+        if room:
+            self._executor.start(claim, tasks[:room], sent)
 
-    async def _adopt(self, claim: Claim, n: int, sent: float) -> None:
+    async def _adopt(self, claim: Claim, sent: float) -> None:
         """Find out what a claim took whose reply was lost; never gives up while the server lives."""
         pause = 0.0
-        while True:
-            try:
-                whole, tasks = await dequeue.adopt(self._store, claim)
-            except BrokerError as exc:
-                logger.warning("queue %s: what claim %d took is not known yet: %s", claim.queue, claim.number, exc)
-                whole, tasks = False, []
-            fresh = [task for task in tasks if not self._holds(claim, task)]
-            if fresh:
-                logger.info("queue %s: the reply to a claim was lost; its %d tasks are found", claim.queue, len(fresh))
-                self._begin(claim, fresh, sent)
-            if whole:
-                break
-            pause = min(max(0.02, pause * 2), _LONGEST_PAUSE)
-            await asyncio.sleep(jittered(pause))
-        self._open.discard(claim)
-        self._lost_slots -= n
+        letting_go = self._loop.call_later(_PATIENCE, self._let_go, claim)
+        try:
+            while True:
+                try:
+                    whole, tasks = await dequeue.adopt(self._store, claim)
+                except BrokerError as exc:
+                    logger.warning("queue %s: what claim %d took is not known yet: %s", claim.queue, claim.number, exc)
+                    whole, tasks = False, []
+                fresh = [task for task in reversed(tasks) if not self._holds(claim, task)]
+                if fresh:
+                    logger.info(
+                        "queue %s: the reply to a claim was lost; its %d tasks are found", claim.queue, len(fresh)
+                    )
+                    self._open[claim] = 0  # the slots kept for them are free now
+                    self._begin(claim, fresh, sent, max(0, self._free()))
+                if whole:
+                    break
+                pause = min(max(0.02, pause * 2), _LONGEST_PAUSE)
+                await asyncio.sleep(jittered(pause))
+        finally:
+            letting_go.cancel()
+        del self._open[claim]
+        self.freed()
+
+    def _let_go(self, claim: Claim) -> None:
+        """Nobody can tell what it took, and the queues that can be reached need the slots."""
+        self._open[claim] = 0
         self.freed()
 
     def _holds(self, claim: Claim, task: Claimed) -> bool:
@@ -308,6 +354,23 @@ class Processor:
     def _ready(self, queue: _Queue) -> None:
         queue.ready, queue.again = True, False
         self.freed()
+
+    def _reach_later(self, queue: _Queue) -> None:
+        """Not until a claim would be answered; meanwhile it keeps no slot from the others."""
+        queue.ready, queue.again = False, True
+        self._changed.set()
+        if not self._over:
+            self._watcher(self._reach(queue))
+
+    async def _reach(self, queue: _Queue) -> None:
+        while True:
+            try:
+                await dequeue.reach(self._store, queue.name, self._server)
+            except BrokerError:  # the door has logged the outage
+                await asyncio.sleep(jittered(_LONGEST_PAUSE))
+            else:
+                break
+        self._ready(queue)
 
     async def _watch(self, queue: _Queue) -> None:
         """While the queue is empty, wait for a task without asking again and again."""
@@ -340,16 +403,28 @@ class Processor:
 
     # -- children
 
-    def _child(self, coroutine: object) -> asyncio.Task[None]:
-        child: asyncio.Task[None] = self._loop.create_task(coroutine)  # type: ignore[arg-type]
+    def _child(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """It claims or adopts: it is brought home at the end."""
+        child = self._loop.create_task(coroutine)
         self._children.add(child)
         child.add_done_callback(self._child_ended)
         return child
 
+    def _watcher(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """It waits for a queue, and has no end of its own."""
+        watcher = self._loop.create_task(coroutine)
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._child_ended)
+
     def _child_ended(self, child: asyncio.Task[None]) -> None:
         self._children.discard(child)
-        if child.cancelled() or self._failure.done():
+        self._watchers.discard(child)
+        if child.cancelled():
             return
         error = child.exception()
-        if error is not None:
+        if error is None:
+            return
+        if self._over or self._failure.done():
+            logger.critical("a child of the processor has died", exc_info=error)
+        else:
             self._failure.set_exception(error)
