@@ -35,7 +35,7 @@ async def delete_expired(store: Store, queue: str, batch: int, now_unix: int | N
     Source:
         hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.DeleteExpiredCompletedTasks
     """
-    names = [keys.completed(queue)]
+    names = [keys.completed(queue), keys.pending(queue)]
     gone, left = await store.run(
         _RETENTION, names, ["" if now_unix is None else now_unix, batch, keys.task_prefix(queue)]
     )

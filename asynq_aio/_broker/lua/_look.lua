@@ -2,6 +2,8 @@
 --
 -- While a slot moves, such a key may have left this node: the look then answers an error, and the id stays untouched.
 -- A key of another type is damage, not a move.
+-- Invariant: a script does not touch a key any more that it has made vanish. While a slot is open, Redis takes a key that is
+-- not there for one that has moved, and ends the script in the middle, even if the script itself has just emptied it.
 local function unreachable(reply)
   return type(reply) == 'table' and reply.err ~= nil and not string.find(reply.err, 'WRONGTYPE', 1, true)
 end

@@ -28,7 +28,7 @@ for _, id in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
   end
 end
 if not fence or tonumber(fence) < number then
-  redis.call('DEL', KEYS[1]) -- a write that a full Redis allows, before the one that it would refuse
+  redis.call('PERSIST', KEYS[1]) -- a write that a full Redis allows, before the one that it would refuse
   redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
 end
 return reply

@@ -14,9 +14,9 @@
 --   "tasks"     at least one      "empty"  the list is      "paused"   the queue is
 --   "fenced"    this claim was given up: a late first copy  "tryagain" the slot is moving: nothing could be reached
 --
--- Every id is looked at before the first write; one that cannot be reached goes back to its place. A container of a wrong
+-- Every id is looked at before the first write; one that cannot be reached stays in its place. A container of a wrong
 -- type refuses the call whole: nobody has left `pending` then.
--- The first write (RPOP) is allowed in a full Redis.
+-- The first write (RPOP or LREM) is allowed in a full Redis.
 -- include: look
 local fence = redis.call('GET', KEYS[5])
 if fence and tonumber(fence) >= tonumber(ARGV[2]) then return {'fenced'} end
@@ -53,9 +53,11 @@ if #tasks > 0 then
 end
 if #ghosts > 0 then redis.call('ZCARD', KEYS[6]) end
 
-redis.call('RPOP', KEYS[1], looked)
-for i = #stay, 1, -1 do
-  redis.call('RPUSH', KEYS[1], stay[i])
+if #stay == 0 then
+  redis.call('RPOP', KEYS[1], looked)
+else
+  for _, id in ipairs(tasks) do redis.call('LREM', KEYS[1], -1, id) end
+  for _, id in ipairs(ghosts) do redis.call('LREM', KEYS[1], -1, id) end
 end
 if #ghosts > 0 then
   local now = redis.call('TIME')[1]

@@ -24,7 +24,7 @@
 --   1 written    0 lost: somebody else has the task, or it is gone    2 not ours, but as if this call had been here before
 --   3 out of reach, the slot is moving: untouched
 --
--- All looks come before the first write; the first write (LREM or DEL active) is one that a full Redis allows. A container
+-- All looks come before the first write; the first write (LREM, LTRIM or DEL active) is one that a full Redis allows. A container
 -- of a wrong type refuses the call whole: nobody has left `active` then.
 -- include: look
 local prefix = ARGV[5]
@@ -99,8 +99,13 @@ end
 
 -- Off the list of active tasks: one by one for a few, one pass for many (with 1,000 long tasks in it: 8 instead of 41 us a task).
 if #ours > 0 and #ours <= 3 then
+  local left = redis.call('LLEN', KEYS[1])
   for _, i in ipairs(ours) do
-    if redis.call('LREM', KEYS[1], -1, entries[i].id) == 0 then not_active(i) end
+    if left > 0 and redis.call('LREM', KEYS[1], -1, entries[i].id) == 1 then
+      left = left - 1
+    else
+      not_active(i)
+    end
   end
 elseif #ours > 3 then
   local leaving, rest = {}, {}
@@ -113,7 +118,8 @@ elseif #ours > 3 then
       left = left + 1
     end
   end
-  for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
+  local list = redis.call('LRANGE', KEYS[1], 0, -1)
+  for _, id in ipairs(list) do
     if leaving[id] then
       if leaving[id] ~= true then left = left - 1 end
       leaving[id] = true
@@ -121,8 +127,14 @@ elseif #ours > 3 then
       rest[#rest + 1] = id
     end
   end
-  redis.call('DEL', KEYS[1])
-  variadic('RPUSH', KEYS[1], rest)
+  if #rest == 0 then
+    redis.call('DEL', KEYS[1])
+  elseif #rest < #list then
+    -- What stays is put behind the list, then the list is cut off; it never vanishes meanwhile (see _look.lua).
+    redis.call('LTRIM', KEYS[1], 0, -1)
+    variadic('RPUSH', KEYS[1], rest)
+    redis.call('LTRIM', KEYS[1], #list, -1)
+  end
   if left > 0 then
     for _, i in ipairs(ours) do
       if leaving[entries[i].id] ~= true then not_active(i) end
@@ -175,7 +187,7 @@ for i, e in ipairs(entries) do
   elseif verdicts[i] == 0 then
     -- Not ours. The same call may have been here before, its reply lost: does the task look as this call would leave it?
     if e.kind == 'd' then
-      if redis.call('EXISTS', e.task) == 0 then verdicts[i] = 2 end
+      if redis.pcall('EXISTS', e.task) == 0 then verdicts[i] = 2 end
     elseif e.kind == 'q' then
       if redis.pcall('HGET', e.task, 'state') == 'pending' then verdicts[i] = 2 end
     elseif redis.pcall('HGET', e.task, 'msg') == e.msg then
@@ -223,9 +235,10 @@ if archived then
     for _, id in ipairs(old) do
       local task = prefix .. id
       local lock = redis.pcall('HGET', task, 'unique_key')
-      if not unreachable(lock) then
-        if type(lock) == 'string' and lock ~= '' and redis.pcall('GET', lock) == id then redis.pcall('DEL', lock) end
-        if not failed(redis.pcall('DEL', task)) then gone[#gone + 1] = id end
+      local holder = type(lock) == 'string' and lock ~= '' and redis.pcall('GET', lock)
+      if not unreachable(lock) and not unreachable(holder) and not failed(redis.pcall('DEL', task)) then
+        gone[#gone + 1] = id
+        if holder == id then redis.call('DEL', lock) end
       end
     end
     variadic('ZREM', KEYS[5], gone)

@@ -69,6 +69,10 @@ while not done do
   offset = offset + limit
 end
 
+if not next_ns then
+  local after = redis.call('ZRANGE', KEYS[1], '(' .. now_s, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
+  if #after > 0 and after[2] ~= 'inf' then next_ns = string.format('%.0f', tonumber(after[2])) .. '000000000' end
+end
 if #leaving > 0 then
   if #tasks > 0 then redis.call('LLEN', KEYS[2]) end
   if #groups > 0 then redis.call('SCARD', KEYS[3]) end
@@ -88,9 +92,5 @@ if #leaving > 0 then
   for _, id in ipairs(ghosts) do
     redis.call('ZADD', KEYS[4], now_s, id)
   end
-end
-if not next_ns then
-  local after = redis.call('ZRANGE', KEYS[1], '(' .. now_s, '+inf', 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
-  if #after > 0 and after[2] ~= 'inf' then next_ns = string.format('%.0f', tonumber(after[2])) .. '000000000' end
 end
 return {#leaving, left, next_ns or ''}

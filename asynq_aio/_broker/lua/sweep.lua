@@ -13,7 +13,15 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, tonumber(ARGV[2]) - 1)) do
     gone[#gone + 1] = id
   end
 end
+local going = {}
+for _, id in ipairs(gone) do going[id] = true end
+local forgotten = 0
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])) do
+  if not going[id] then
+    gone[#gone + 1] = id
+    forgotten = forgotten + 1
+  end
+end
 variadic('ZREM', KEYS[1], gone)
-local forgotten = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])
 variadic('LPUSH', KEYS[2], back)
 return {#back, forgotten}
