@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from asynq_aio._broker.store import Store
 
-__all__ = ["REPLY_BYTES", "Claim", "Claimed", "Status", "adopt", "claim", "new_claim"]
+__all__ = ["REPLY_BYTES", "Claim", "Claimed", "Status", "adopt", "claim", "new_claim", "reach"]
 
 _CLAIM = load("claim")
+_REACH = load("reach")
 _ADOPT = load("adopt")
 
 # A reply this long keeps others on the same connection waiting for about a millisecond.
@@ -56,7 +57,27 @@ def new_claim(store: Store, queue: str, server: str, number: int) -> Claim:
     return Claim(queue, server, number, int(store.now()) + LEASE_SECONDS)
 
 
-async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[Claimed]]:
+async def reach(store: Store, queue: str, server: str) -> None:
+    """Return when a claim of `server` would be answered: the node is there, the slot is not moving.
+
+    Raises:
+        BrokerUnavailableError: not so until the deadline.
+    """
+    await store.run(_REACH, _claim_keys(queue, server), [])
+
+
+def _claim_keys(queue: str, server: str) -> list[str]:
+    return [
+        keys.pending(queue),
+        keys.paused(queue),
+        keys.active(queue),
+        keys.lease(queue),
+        keys.fence(queue, server.rpartition(":")[2]),
+        keys.ghost(queue),
+    ]
+
+
+async def claim(store: Store, attempt: Claim, n: int, *, deadline: float | None = None) -> tuple[Status, list[Claimed]]:
     """Take up to `n` tasks, oldest first, with a lease until `attempt.expires_unix`.
 
     A queue that is empty or paused gives none, and so does one whose slot is moving ("tryagain").
@@ -73,14 +94,6 @@ async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[Clai
         hibiken/asynq 0.26, internal/rdb/rdb.go: RDB.Dequeue
     """
     queue = attempt.queue
-    names = [
-        keys.pending(queue),
-        keys.paused(queue),
-        keys.active(queue),
-        keys.lease(queue),
-        keys.fence(queue, attempt.server.rpartition(":")[2]),
-        keys.ghost(queue),
-    ]
     args: list[str | int] = [
         attempt.server,
         attempt.number,
@@ -89,7 +102,8 @@ async def claim(store: Store, attempt: Claim, n: int) -> tuple[Status, list[Clai
         REPLY_BYTES,
         keys.task_prefix(queue),
     ]
-    reply = await store.run(_CLAIM, names, args, repeatable=False)
+    names = _claim_keys(queue, attempt.server)
+    reply = await store.run(_CLAIM, names, args, repeatable=False, deadline=deadline)
     return reply[0].decode(), _tasks(reply)
 
 

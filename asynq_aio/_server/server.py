@@ -351,14 +351,16 @@ class AsyncServer:
         if self.state == "active" and self.running_tasks:
             logger.info("shutting down: %d handlers have %s to end", self.running_tasks, self.config.shutdown_timeout)
         self.state = "closed"
-        draining = asyncio.ensure_future(processor.drain(self.config.shutdown_timeout.total_seconds()))
+        draining = asyncio.ensure_future(
+            processor.drain(self.config.shutdown_timeout.total_seconds(), patience=self._store.deadline)
+        )
         aborting = asyncio.ensure_future(self._abort.wait())
         await asyncio.wait([draining, aborting], return_when=asyncio.FIRST_COMPLETED)
         aborting.cancel()
         if not draining.done():
             draining.cancel()
             await asyncio.gather(draining, return_exceptions=True)
-            await processor.drain(0)
+            await processor.drain(0, patience=_LAST_WRITES)
         else:
             draining.result()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asynq_aio import AsyncServer, Client, Task
-from asynq_aio._broker import leases
+from asynq_aio._broker import dequeue, leases
 from asynq_aio._broker.store import Fault
 from asynq_aio._server.execution import End, Executor
 from asynq_aio._wire import keys
@@ -29,16 +29,17 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Gate:
-    """Calls of one script are not sent as long as it is shut; the door repeats them."""
+    """Calls of these scripts, to one queue or any, are not sent as long as it is shut; the door repeats them."""
 
-    def __init__(self, store: Store, *names: str) -> None:
+    def __init__(self, store: Store, *names: str, queue: str = "") -> None:
         self.shut = True
         self.knocks = 0
         self._names = names
+        self._prefix = f"asynq:{{{queue}}}:" if queue else ""
         store.faults = self._fault
 
-    def _fault(self, name: str, _keys: Sequence[str | bytes]) -> Fault | None:
-        if not self.shut or name not in self._names:
+    def _fault(self, name: str, keys: Sequence[str | bytes]) -> Fault | None:
+        if not self.shut or name not in self._names or not str(keys[0]).startswith(self._prefix):
             return None
         self.knocks += 1
         return Fault.NOT_SENT
@@ -191,3 +192,122 @@ async def test_a_cancellation_before_the_first_turn(
         await drained(redis, queue)
         await until(lambda: server.running_tasks == 0)
     assert (cancelled, work.begun) == ([first.id], ["y"])
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["weighted", "strict"])
+async def test_a_queue_out_of_reach_does_not_hold_up_the_others(
+    uri: str, queue: str, client: Client, redis: Any, strict: bool
+) -> None:
+    """A node that is away, a slot that moves: what is drawn for that queue goes to those that can be reached."""
+    away, near = f"{queue}-away", f"{queue}-near"
+    work = Work()
+    work.release.set()
+    server = AsyncServer(uri, queues={away: 9, near: 1}, concurrency=2, strict_priority=strict)
+    gate = Gate(server._store, "claim", "reach", queue=away)
+    async with server.running(work):
+        await client.enqueue("away", queue=away)
+        await gate.knocked()
+        await client.enqueue_many([Task("near")] * 200, queue=near)
+        await work.runs(200)
+        assert set(work.begun) == {"near"}
+        gate.shut = False
+        await work.runs(201)
+        await drained(redis, away)
+
+
+async def test_a_lost_claim_does_not_hold_up_the_others(
+    uri: str, queue: str, client: Client, redis: Any, store: Store
+) -> None:
+    """Nobody knows what it took: its slots are lent, and what is found in the end runs once, within the concurrency."""
+    away, near = f"{queue}-away", f"{queue}-near"
+    work = Work()
+    server = AsyncServer(uri, queues={away: 9, near: 1}, concurrency=4, strict_priority=True)
+    gate = Gate(server._store, "adopt")
+    lost: list[int] = []
+
+    def lose_the_first_claim(name: str, names: Sequence[str | bytes]) -> Fault | None:
+        if name == "claim" and names[0] == keys.pending(away) and not lost:
+            lost.append(1)
+            return Fault.REPLY_LOST
+        if name == "reach" and names[0] == keys.pending(away) and gate.shut:
+            return Fault.NOT_SENT
+        return gate._fault(name, names)
+
+    # Each node knows the script, or the reply that is lost would be NOSCRIPT.
+    assert await dequeue.claim(store, dequeue.new_claim(store, away, "h:1:s", 1), 1) == ("empty", [])
+    await client.enqueue_many([Task("away")] * 4, queue=away)
+    server._store.faults = lose_the_first_claim
+    async with server.running(work):
+        await gate.knocked()
+        assert await redis.llen(keys.active(away)) == 4
+        await client.enqueue_many([Task("near")] * 6, queue=near)
+        await work.runs(4)
+        assert (server.running_tasks, work.begun) == (4, ["near"] * 4)
+        gate.shut = False
+        await until(lambda: server.stats.requeued == 4)  # there is no room: they go back to the head of their queue
+        assert server.running_tasks == 4
+        work.release.set()
+        await drained(redis, away)
+        await drained(redis, near)
+    assert sorted(work.begun) == ["away"] * 4 + ["near"] * 6
+    assert server.stats.succeeded == 10
+
+
+# --- the end -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_drain_does_not_wait_for_a_claim(uri: str, queue: str, client: Client, redis: Any) -> None:
+    """Handlers have their time from the first moment on, however long a claim is out."""
+    work = Work()
+    server = AsyncServer(uri, queues=[queue], concurrency=2, shutdown_timeout=timedelta(seconds=0.1))
+    async with server.running(work):
+        info = await client.enqueue("x", queue=queue)
+        await work.runs()
+        gate = Gate(server._store, "claim", "reach", "adopt")
+        await client.enqueue("y", queue=queue)
+        await gate.knocked()
+        ending = asyncio.create_task(server.shutdown())
+        await state_becomes(redis, queue, info.id, "pending")  # the claim is still out
+        gate.shut = False
+        await ending
+    assert work.begun == ["x"]
+    assert await redis.llen(keys.pending(queue)) == 2
+
+
+@pytest.mark.parametrize("abort", [False, True])
+async def test_the_end_leaves_no_child(uri: str, queue: str, client: Client, redis: Any, abort: bool) -> None:
+    """A lost claim that cannot be adopted is left to its lease; nobody goes on looking for it in a closed server."""
+    before = asyncio.all_tasks()
+    server = AsyncServer(uri, queues=[queue])
+    server._store.deadline = 30.0 if abort else 0.5
+    adopting = asyncio.Event()
+
+    def lose(name: str, _keys: Sequence[str | bytes]) -> Fault | None:
+        if name == "adopt":
+            adopting.set()
+            return Fault.NOT_SENT
+        return Fault.REPLY_LOST if name == "claim" else None
+
+    server._store.faults = lose
+    async with server.running(Work()):
+        await client.enqueue("x", queue=queue)
+        async with asyncio.timeout(30):
+            await adopting.wait()
+        if abort:
+            server.abort()
+        async with asyncio.timeout(20):
+            await server.shutdown()
+    # What the client of this test has is not the server's.
+    left = [child for child in asyncio.all_tasks() - before if "processor" in repr(child.get_coro())]
+    assert left == []
+
+
+async def test_an_aborted_drain_puts_the_oldest_first(uri: str, queue: str, client: Client, redis: Any) -> None:
+    """Tasks that go back stand in the queue as they stood before."""
+    work = Work()
+    server = AsyncServer(uri, queues=[queue], shutdown_timeout=timedelta(0))
+    infos = await client.enqueue_many([Task("x", number) for number in range(10)], queue=queue)
+    async with server.running(work):
+        await work.runs(10)
+    left = await redis.lrange(keys.pending(queue), 0, -1)
+    assert [task_id.decode() for task_id in reversed(left)] == [info.id for info in infos]
