@@ -203,6 +203,7 @@ async def test_a_queue_out_of_reach_does_not_hold_up_the_others(
     work = Work()
     work.release.set()
     server = AsyncServer(uri, queues={away: 9, near: 1}, concurrency=2, strict_priority=strict)
+    server._store.deadline = 300.0
     gate = Gate(server._store, "claim", "reach", queue=away)
     async with server.running(work):
         await client.enqueue("away", queue=away)
@@ -260,6 +261,7 @@ async def test_the_drain_does_not_wait_for_a_claim(uri: str, queue: str, client:
     """Handlers have their time from the first moment on, however long a claim is out."""
     work = Work()
     server = AsyncServer(uri, queues=[queue], concurrency=2, shutdown_timeout=timedelta(seconds=0.1))
+    server._store.deadline = 300.0
     async with server.running(work):
         info = await client.enqueue("x", queue=queue)
         await work.runs()
@@ -298,7 +300,7 @@ async def test_the_end_leaves_no_child(uri: str, queue: str, client: Client, red
         async with asyncio.timeout(20):
             await server.shutdown()
     # What the client of this test has is not the server's.
-    left = [child for child in asyncio.all_tasks() - before if "processor" in repr(child.get_coro())]
+    left = [child for child in asyncio.all_tasks() - before if "Processor" in repr(child.get_coro())]
     assert left == []
 
 
