@@ -11,6 +11,7 @@ call that Redis has not answered with a value:
     ASK, several keys; TRYAGAIN            repeated after 4 to 25 ms: the slot is moving
     CLUSTERDOWN LOADING READONLY           repeated after a refresh and up to 0.5 s
     MASTERDOWN BUSY, "max clients"
+    NOREPLICAS MISCONF: takes no writes
     NOSCRIPT                               EVAL on that node
     NOAUTH WRONGPASS NOPERM                BrokerAuthError                                  at once
     OOM                                    BrokerFullError                                  at once
@@ -88,6 +89,9 @@ pack_command: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # 
 
 _CLOCK_SECONDS: Final = 60.0
 _CLOCK_WARNING_NS: Final = 5_000_000_000
+
+# A script that does not end; too few replicas, or no room on the disk: no writes until that is mended, none half done.
+_PASSING: Final = ("BUSY ", "NOREPLICAS ", "MISCONF ")
 
 _OLDEST: Final = {"redis": (7, 0), "valkey": (7, 2)}
 
@@ -508,7 +512,7 @@ class Store:
                     f"Redis at {node_name(address)} is full: {_reply_text(outcome)}; nothing was written. "
                     "Raise maxmemory, or let workers drain the queues"
                 )
-        if str(outcome).startswith("BUSY ") or isinstance(outcome, RedisConnectionError):  # the latter: "max clients"
+        if str(outcome).startswith(_PASSING) or isinstance(outcome, RedisConnectionError):  # the latter: "max clients"
             self._outage(address, attempts.reason)
             return _back_off(attempts, address)
         raise BrokerError(f"{attempts.name}: {_reply_text(outcome)}")

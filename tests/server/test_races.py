@@ -16,6 +16,7 @@ from asynq_aio._broker import dequeue, leases
 from asynq_aio._broker.store import Fault
 from asynq_aio._server.execution import End, Executor
 from asynq_aio._wire import keys
+from tests import servers
 from tests.server.look import counted, drained, state_becomes, until
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Gate:
-    """Calls of these scripts, to one queue or any, are not sent as long as it is shut; the door repeats them."""
+    """Counts the attempts at these scripts, of one queue or any; none is sent as long as it is shut."""
 
     def __init__(self, store: Store, *names: str, queue: str = "") -> None:
         self.shut = True
@@ -39,10 +40,10 @@ class Gate:
         store.faults = self._fault
 
     def _fault(self, name: str, keys: Sequence[str | bytes]) -> Fault | None:
-        if not self.shut or name not in self._names or not str(keys[0]).startswith(self._prefix):
+        if name not in self._names or not str(keys[0]).startswith(self._prefix):
             return None
         self.knocks += 1
-        return Fault.NOT_SENT
+        return Fault.NOT_SENT if self.shut else None
 
     async def knocked(self, times: int = 1) -> None:
         """Wait until a call has met it so often."""
@@ -161,6 +162,38 @@ async def test_two_regains_whose_replies_were_lost(uri: str, queue: str, client:
         work.release.set()
         await drained(redis, queue)
     assert (server.stats.succeeded, server.stats.lost) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow"),
+    [
+        (("CONFIG", "SET", "min-replicas-to-write", "1"), ("CONFIG", "SET", "min-replicas-to-write", "0")),
+        (("ACL", "SETUSER", "default", "-evalsha", "-eval"), ("ACL", "SETUSER", "default", "+evalsha", "+eval")),
+    ],
+    ids=["too few replicas", "not permitted"],
+)
+@pytest.mark.parametrize("version", ["valkey9", "redis7"])
+async def test_an_outcome_that_redis_refuses_for_now(
+    version: servers.Version, refuse: Sequence[str], allow: Sequence[str]
+) -> None:
+    """A replica restarts, a password is changed: that says nothing about the task, so its outcome is kept."""
+    work = Work()
+    async with servers.own_standalone(version) as redis_server, Client(redis_server.uri) as client:
+        server = AsyncServer(redis_server.uri, concurrency=2)
+        async with server.running(work):
+            await client.enqueue("x")
+            await work.runs()
+            redis_server.execute(*refuse)
+            tries = Gate(server._store, "finish")
+            tries.shut = False
+            work.release.set()
+            await tries.knocked(3)
+            assert holdings_of(server)
+            redis_server.execute(*allow)
+            await client.enqueue("y")
+            await work.runs(2)
+            await until(lambda: not holdings_of(server))
+    assert (work.begun, server.stats.succeeded, server.stats.lost) == (["x", "y"], 2, 0)
 
 
 # --- slots ---------------------------------------------------------------------------------------------------------

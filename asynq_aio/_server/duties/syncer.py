@@ -10,7 +10,7 @@ from asynq_aio._backoff import jittered
 from asynq_aio._broker import finish, leases
 from asynq_aio._broker.finish import Verdict
 from asynq_aio._wire.limits import LEASE_SECONDS
-from asynq_aio.errors import BrokerError, BrokerUnavailableError
+from asynq_aio.errors import BrokerAuthError, BrokerError, BrokerFullError, BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +43,8 @@ class Syncer:
         self._written = written
         self._waiting: dict[str, list[_Waiting]] = {}
         self._writers: dict[str, asyncio.Task[None]] = {}
+        self._failing: dict[str, str] = {}
+        """Queue -> the error that was logged last, until it is written to again."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: BaseException | None = None
@@ -115,8 +117,11 @@ class Syncer:
         await self._settle_leases(queue, [attempt for attempt, _ in part if attempt.lease.unheard])
         try:
             verdicts = await finish.finish(self._store, queue, [outcome for _, outcome in part])
-        except BrokerUnavailableError as exc:
-            logger.warning("queue %s: %d outcomes wait to be written: %s", queue, self.unwritten, exc)
+        except (BrokerUnavailableError, BrokerAuthError, BrokerFullError) as exc:
+            # None of these says anything about the tasks, and somebody will mend it.
+            if self._failing.get(queue) != str(exc):
+                self._failing[queue] = str(exc)
+                logger.warning("queue %s: %d outcomes wait to be written: %s", queue, self.unwritten, exc)
             return list(part)
         except BrokerError as exc:
             if len(part) > 1:  # whatever is wrong with one of them must not hold up the others
@@ -134,6 +139,7 @@ class Syncer:
             self._final(attempt)
             self._written()
             return []
+        self._failing.pop(queue, None)
         again: list[_Waiting] = []
         for waiting, verdict in zip(part, verdicts, strict=True):
             if verdict is Verdict.TRYAGAIN:
