@@ -60,6 +60,8 @@ _MOST_UNWRITTEN = 10_000
 _LAST_WRITES = 1.0
 # An application's start waits for Redis at most so long, seconds.
 _PATIENCE = 5.0
+# The first task is taken when cancellations are heard, or, where nobody may subscribe, after this long, seconds.
+_LISTEN = 1.0
 # An entry older than this means that Redis, or this process, does not keep up: not healthy, seconds.
 _STALE = 15.0
 
@@ -317,6 +319,7 @@ class AsyncServer:
                     async with self._on_duty(syncer):
                         try:
                             async with self._on_duty(*others, forwarder):
+                                await subscriber.listens(_LISTEN)
                                 if ready is not None:
                                     ready.set()
                                 await self._process(processor, burst=burst)

@@ -493,6 +493,21 @@ async def test_a_cancelled_task_is_retried(uri: str, queue: str, client: Client,
     assert (found.error, found.message.retried) == ("context canceled", 1)
 
 
+async def test_a_cancellation_is_heard_from_the_first_task_on(uri: str, queue: str, client: Client, redis: Any) -> None:
+    """A task that is taken as soon as the server runs can be cancelled: no task is taken before the server listens."""
+    ids = {(await client.enqueue("x", queue=queue)).id for _ in range(5)}
+
+    async def handler(ctx: Context, _task: Task) -> None:
+        await inspector.cancel(ctx.task_id)
+        await asyncio.Event().wait()
+
+    async with Inspector(uri) as inspector:
+        await inspector.ping()
+        async with AsyncServer(uri, queues=[queue], retry_delay=in_an_hour).running(handler) as server:
+            await until(lambda: server.stats.retried == len(ids))
+    assert {(await there(redis, queue, task_id)).error for task_id in ids} == {"context canceled"}
+
+
 async def test_a_cancellation_hits_its_own_task_only(uri: str, queue: str, client: Client) -> None:
     """Another running task goes on; a cancellation of nothing does nothing."""
     both = asyncio.Barrier(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,12 @@ class Subscriber:
         self._holdings = holdings
         self._executor = executor
         self._forwarder = forwarder
+        self._listens = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled."""
         subscription = await self._open()
+        self._listens.set()
         try:
             async for channel, data in subscription:
                 if channel == keys.CANCEL_CHANNEL:
@@ -48,6 +51,12 @@ class Subscriber:
                     self._forwarder.hint()
         finally:
             await subscription.aclose()
+
+    async def listens(self, seconds: float) -> None:
+        """Wait until cancellations are heard, at most so long: what is published before is heard by nobody."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._listens.wait()
 
     async def _open(self) -> Subscription:
         refused: str | None = None
