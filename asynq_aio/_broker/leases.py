@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from asynq_aio._broker.scripts import load
 from asynq_aio._wire import keys
-from asynq_aio.errors import BrokerFullError, BrokerUnavailableError
+from asynq_aio.errors import BrokerFullError, BrokerUnavailableError, OutcomeUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,11 +100,12 @@ async def regain(
             args += (lease.task_id, lease.owner, lease.expires_unix, " ".join(map(str, lease.unheard)))
             lease.unheard = (*lease.unheard, expires_unix)  # before it is sent: an outcome may be on its way meanwhile
         try:
-            verdicts = await store.run(_REGAIN, names, args, deadline=deadline, lane="lease")
-        except BrokerUnavailableError as exc:
-            if not exc.sent:
-                for lease in part:
-                    lease.unheard = _without(lease.unheard, (expires_unix,))
+            verdicts = await store.run(_REGAIN, names, args, repeatable=False, deadline=deadline, lane="lease")
+        except OutcomeUnknownError as exc:
+            raise BrokerUnavailableError(str(exc), sent=True) from exc
+        except BrokerUnavailableError:  # nothing was sent
+            for lease in part:
+                lease.unheard = _without(lease.unheard, (expires_unix,))
             raise
         for lease, (highest_unix, unheard), verdict in zip(part, known, verdicts, strict=True):
             if verdict == 3:

@@ -100,6 +100,17 @@ async def test_regain_tells_what_is_lost(frozen: Store, redis: Any, queue: str, 
     assert {lease.expires_unix for lease in lost} == {ours}
 
 
+async def test_a_task_that_go_works_on_is_lost(frozen: Store, redis: Any, queue: str, clock: FrozenClock) -> None:
+    """Go's server keeps its lease at now + 25 to 30 s, our owner still in the hash: none of those scores is ours."""
+    names = [str(seconds) for seconds in range(25, 31)]
+    mine = await held(redis, queue, clock.unix - 90, *names)
+    await redis.zadd(keys.lease(queue), {name: clock.unix + int(name) for name in names})
+    before = await seed.look(redis, queue)
+    lost = await leases.regain(frozen, queue, mine, clock.unix + 30)
+    assert [lease.task_id for lease in lost] == names
+    assert await seed.look(redis, queue) == before
+
+
 async def test_a_regain_whose_reply_was_lost(frozen: Store, redis: Any, queue: str, clock: FrozenClock) -> None:
     """It has raised the lease above what its holder knows; the next one finds that it was its own doing."""
     mine = await held(redis, queue, clock.unix - 20, "a")

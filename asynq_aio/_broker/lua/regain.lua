@@ -7,8 +7,8 @@
 --      have given it, and those that it sent without hearing of them, blanks between
 -- Returns an array with one number for each task: 1 raised, 0 lost, 3 out of reach (the slot is moving)
 --
--- A score above that is another's (Go's servers leave our owner in the hash), unless it is the very one of this call, which
--- has been here before, or one of the unheard ones.
+-- A score above that is another's (Go's servers leave our owner in the hash), unless it is one of the unheard ones. So this
+-- call is not repeated: its own score proves nothing, Go's heartbeat writes the same within the same second.
 -- The first write (ZREM of nothing) is one that a full Redis allows.
 -- include: look
 local verdicts = {}
@@ -20,7 +20,7 @@ for i = 1, #KEYS - 1 do
   if unreachable(fields) then
     verdicts[i] = 3
   elseif not failed(fields) and fields[1] == owner and fields[2] == 'active'
-      and score and (tonumber(score) <= highest or score == ARGV[1]
+      and score and (tonumber(score) <= highest
         or string.find(' ' .. unheard .. ' ', ' ' .. score .. ' ', 1, true)) then
     redis.call('ZADD', KEYS[1], 'XX', 'GT', ARGV[1], id)
     verdicts[i] = 1
