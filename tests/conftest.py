@@ -53,14 +53,16 @@ def run_directory(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.stash[RUN_DIRECTORY]
 
 
-@pytest.fixture(scope="session", params=servers.TOPOLOGIES)
+# Of each test, not of the session: when xdist hands tests to another worker, pytest 9 now and then gives a test the
+# session's server of the topology before.
+@pytest.fixture(params=servers.TOPOLOGIES)
 def topology(request: pytest.FixtureRequest) -> str:
     """The name of the topology: kind and version."""
     name: str = request.param
     return name
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def server(topology: str, run_directory: Path) -> servers.Servers:
     """The servers of this topology, shared by the whole run: a test leaves them as they are, but for its own queue."""
     return servers.shared(topology, run_directory)
@@ -73,7 +75,7 @@ def empty_server(topology: str, run_directory: Path) -> Generator[servers.Server
         yield alone
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def uri(server: servers.Servers) -> str:
     """Its address, as `Client(...)` takes it."""
     return server.uri
