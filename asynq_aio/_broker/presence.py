@@ -39,13 +39,17 @@ class Presence:
     workers_key: str
     _had_workers: bool = True  # an earlier process may have left some
 
-    async def write(self, info: bytes, workers: Mapping[str, bytes]) -> None:
-        """Say that the server is there, and what it works on, for 10 s more."""
+    async def write(self, info: bytes, workers: Mapping[str, bytes], *, deadline: float | None = None) -> None:
+        """Say that the server is there, and what it works on, for 10 s more; in a cluster by three nodes, side by side.
+
+        Raises:
+            BrokerUnavailableError: one of them could not be reached; the others have it.
+        """
         expires_unix = int(self.store.now()) + PRESENCE_TTL
         await asyncio.gather(
-            self._announce(keys.SERVERS, expires_unix, self.server_key),
-            self._announce(keys.WORKERS, expires_unix, self.workers_key),
-            self._state(info, workers),
+            self._announce(keys.SERVERS, expires_unix, self.server_key, deadline),
+            self._announce(keys.WORKERS, expires_unix, self.workers_key, deadline),
+            self._state(info, workers, deadline),
         )
 
     async def clear(self) -> None:
@@ -57,16 +61,17 @@ class Presence:
             self.store.call("DEL", self.workers_key, key=self.workers_key),
         )
 
-    async def _announce(self, index: str, expires_unix: int, member: str) -> None:
+    async def _announce(self, index: str, expires_unix: int, member: str, deadline: float | None) -> None:
         try:
-            await self.store.call("ZADD", index, expires_unix, member, key=index)
+            await self.store.call("ZADD", index, expires_unix, member, key=index, deadline=deadline)
         except BrokerFullError:
-            await self.store.run(_ANNOUNCE, [index], [expires_unix, member])
+            await self.store.run(_ANNOUNCE, [index], [expires_unix, member], deadline=deadline)
 
-    async def _state(self, info: bytes, workers: Mapping[str, bytes]) -> None:
+    async def _state(self, info: bytes, workers: Mapping[str, bytes], deadline: float | None) -> None:
         if not workers and not self._had_workers:  # idle: one plain command instead of a script's four
             try:
-                await self.store.call("SET", self.server_key, info, "EX", PRESENCE_TTL, key=self.server_key)
+                key = self.server_key
+                await self.store.call("SET", key, info, "EX", PRESENCE_TTL, key=key, deadline=deadline)
             except BrokerFullError:
                 pass  # the script is not refused
             else:
@@ -74,5 +79,5 @@ class Presence:
         args: list[str | bytes | int] = [PRESENCE_TTL, info]
         for task_id, worker in workers.items():
             args += (task_id, worker)
-        await self.store.run(_PRESENCE, [self.server_key, self.workers_key], args)
+        await self.store.run(_PRESENCE, [self.server_key, self.workers_key], args, deadline=deadline)
         self._had_workers = bool(workers)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asynq_aio import AsyncServer, Client, Task
+from asynq_aio import AsyncServer, BrokerUnavailableError, Client, Task
 from asynq_aio._broker import dequeue, leases
 from asynq_aio._broker.store import Fault
+from asynq_aio._server.duties import heartbeater
 from asynq_aio._server.execution import End, Executor
 from asynq_aio._wire import keys
 from tests import servers
@@ -162,6 +163,53 @@ async def test_two_regains_whose_replies_were_lost(uri: str, queue: str, client:
         work.release.set()
         await drained(redis, queue)
     assert (server.stats.succeeded, server.stats.lost) == (1, 0)
+
+
+async def test_sure_leases_do_not_wait_for_unsure_ones(
+    uri: str, queue: str, client: Client, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What must be asked for by a script waits while the slot moves; what may simply be raised does not."""
+    monkeypatch.setattr(heartbeater, "LIMIT_SECONDS", 0.1)
+    work = Work()
+    server = AsyncServer(uri, queues=[queue])
+    async with server.running(work):
+        await client.enqueue_many([Task("x")] * 2, queue=queue)
+        await work.runs(2)
+        unsure, sure = holdings_of(server)
+        unsure.renewed -= 20
+        lowered = {attempt.lease.task_id: attempt.lease.expires_unix - 9 for attempt in (unsure, sure)}
+        await redis.zadd(keys.lease(queue), lowered)
+        gate = Gate(server._store, "regain")
+        assert server._heartbeater is not None
+        await server._heartbeater.run_once()
+        assert gate.knocks
+        now = dict(await redis.zrange(keys.lease(queue), 0, -1, withscores=True))
+        gained = {name: now[str(name).encode()] - score for name, score in lowered.items()}
+        assert gained[unsure.lease.task_id] == 0
+        assert gained[sure.lease.task_id] >= 9
+        gate.shut = False
+        work.release.set()
+        await drained(redis, queue)
+    assert (server.stats.succeeded, server.stats.lost) == (2, 0)
+
+
+async def test_an_entry_is_written_though_another_node_is_away(
+    uri: str, queue: str, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry lives for 10 s: a list of all servers that cannot be reached must not hold it up for 30."""
+    monkeypatch.setattr(heartbeater, "LIMIT_SECONDS", 0.1)
+    server = AsyncServer(uri, queues=[queue])
+    server._store.deadline = 300.0
+    async with server.running(Work()):
+        await until(lambda: server.healthy)
+        entry = keys.server(server.host, server.pid, server.server_id)
+        await redis.delete(entry)
+        server._store.faults = lambda name, names: Fault.NOT_SENT if names[:1] == (keys.WORKERS,) else None
+        assert server._heartbeater is not None
+        with pytest.raises(BrokerUnavailableError):
+            await server._heartbeater.show()
+        assert await redis.ttl(entry) > 0
+        server._store.faults = None
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ logger = logging.getLogger("asynq_aio.server")
 
 # A plain extension is safe while nobody can have taken the task: its last sign of life is younger than this, seconds.
 _SURE = 10.0
-# The next pass comes after 5 s; one that takes longer than this is given up, seconds.
-_LIMIT = 3.0
+# The next pass comes after 5 s; a call that takes longer than this is given up, or an entry of 10 s would run out.
+LIMIT_SECONDS = 3.0
 
 
 class Heartbeater:
@@ -50,9 +50,13 @@ class Heartbeater:
 
     async def run(self) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(every(HEARTBEAT_SECONDS, self.show, name="heartbeater"))
-            group.create_task(every(HEARTBEAT_SECONDS, self._start_extending, name="leases"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(every(HEARTBEAT_SECONDS, self.show, name="heartbeater"))
+                group.create_task(every(HEARTBEAT_SECONDS, self._start_extending, name="leases"))
+        finally:
+            for child in self._extending.values():
+                child.cancel()
 
     async def run_once(self) -> None:
         """One pass of both, for tests and for the start."""
@@ -81,7 +85,7 @@ class Heartbeater:
                         deadline=Timestamp.from_ns(int(attempt.deadline_unix * 1e9)),
                     )
                 )
-        await self._presence.write(codec.encode_server_info(info), workers)
+        await self._presence.write(codec.encode_server_info(info), workers, deadline=LIMIT_SECONDS)
         self.seen_at = self._store.clock.monotonic()
 
     # -- leases
@@ -104,23 +108,33 @@ class Heartbeater:
         expires_unix = int(self._store.now()) + LEASE_SECONDS
         sure = [attempt for attempt in attempts if now - attempt.renewed < _SURE]
         unsure = [attempt for attempt in attempts if now - attempt.renewed >= _SURE]
-        try:
-            if unsure:  # others may have taken them: ask before anything else is written
-                by_lease = {id(attempt.lease): attempt for attempt in unsure}
-                lost = await leases.regain(
-                    self._store, queue, [attempt.lease for attempt in unsure], expires_unix, deadline=_LIMIT
-                )
-                for lease in lost:
-                    attempt = by_lease.pop(id(lease))
-                    logger.warning("task %r of queue %s: its lease is lost", lease.task_id, queue)
-                    self._executor.lose(attempt)
-                for attempt in by_lease.values():
-                    attempt.renewed = now
-            if sure:
-                await leases.extend(
-                    self._store, queue, [attempt.lease for attempt in sure], expires_unix, deadline=_LIMIT
-                )
-                for attempt in sure:
-                    attempt.renewed = now
-        except BrokerError as exc:
-            logger.warning("queue %s: the leases of %d tasks could not be extended: %s", queue, len(attempts), exc)
+        # The sure ones first: a slot that moves holds up the script that asks for the others; it would make all unsure.
+        for part, raise_them in ((sure, self._raise), (unsure, self._regain)):
+            if not part:
+                continue
+            try:
+                await raise_them(queue, part, expires_unix)
+            except BrokerError as exc:
+                logger.warning("queue %s: the leases of %d tasks could not be extended: %s", queue, len(part), exc)
+
+    async def _raise(self, queue: str, attempts: list[Attempt], expires_unix: int) -> None:
+        now = self._store.clock.monotonic()
+        await leases.extend(
+            self._store, queue, [attempt.lease for attempt in attempts], expires_unix, deadline=LIMIT_SECONDS
+        )
+        for attempt in attempts:
+            attempt.renewed = now
+
+    async def _regain(self, queue: str, attempts: list[Attempt], expires_unix: int) -> None:
+        """Others may have taken them: ask before anything else is written."""
+        now = self._store.clock.monotonic()
+        by_lease = {id(attempt.lease): attempt for attempt in attempts}
+        lost = await leases.regain(
+            self._store, queue, [attempt.lease for attempt in attempts], expires_unix, deadline=LIMIT_SECONDS
+        )
+        for lease in lost:
+            attempt = by_lease.pop(id(lease))
+            logger.warning("task %r of queue %s: its lease is lost", lease.task_id, queue)
+            self._executor.lose(attempt)
+        for attempt in by_lease.values():
+            attempt.renewed = now
