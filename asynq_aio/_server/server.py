@@ -199,6 +199,7 @@ class AsyncServer:
         """
         ready = asyncio.Event()
         error: BaseException | None = None
+        host_error: BaseException | None = None
 
         async def serve(scope: anyio.CancelScope) -> None:
             nonlocal error
@@ -217,12 +218,19 @@ class AsyncServer:
             try:
                 if error is None:
                     yield self
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as exc:  # noqa: BLE001  (raised below: the group would put it into a group)
+                host_error = exc
             finally:
-                self._end.set()
-                with anyio.CancelScope(shield=True):
-                    await self._ended.wait()
+                if error is None:  # else it has ended, or is another run, which goes on
+                    self._end.set()
+                    with anyio.CancelScope(shield=True):
+                        await self._ended.wait()
         if error is not None:
-            raise error
+            raise error from host_error
+        if host_error is not None:
+            raise host_error
 
     def stop(self) -> None:
         """Take no more tasks; those that run go on, and the server stays visible. Does nothing unless it is active."""
