@@ -26,6 +26,7 @@ __all__ = [
     "SERVER",
     "active",
     "counters",
+    "edited",
     "entry",
     "fields",
     "hashes",
