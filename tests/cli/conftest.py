@@ -174,7 +174,7 @@ class Command:
                 running._reader.join()
 
 
-@pytest.fixture(scope="session", params=["standalone-valkey9"])
+@pytest.fixture(params=["standalone-valkey9"])
 def topology(request: pytest.FixtureRequest) -> str:
     """Commands go through the public API, which is tested on all; one is enough, unless a test wants another."""
     name: str = request.param
@@ -189,7 +189,7 @@ def command(tmp_path: Path) -> Command:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def look(uri: str) -> Generator[Any]:
     """A blocking redis-py client on the standalone server."""
     client = redis_py.Redis.from_url(uri)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.servers import Servers
 
 
-@pytest.fixture(scope="session", params=["standalone-redis7", "cluster-valkey9"])
+@pytest.fixture(params=["standalone-redis7", "cluster-valkey9"])
 def topology(request: pytest.FixtureRequest) -> str:
     """Where Go and Python meet."""
     name: str = request.param

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 
-@pytest.fixture(scope="session", params=["cluster-valkey9"])
+@pytest.fixture(params=["cluster-valkey9"])
 def topology(request: pytest.FixtureRequest) -> str:
     """One of `servers.TOPOLOGIES`; a test that wants others parametrizes it."""
     name: str = request.param
