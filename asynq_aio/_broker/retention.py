@@ -53,6 +53,6 @@ async def sweep(store: Store, queue: str, *, batch: int, forget_unix: int) -> tu
         asynq:{queue}:aio:ghost    ZSET    - ID
         asynq:{queue}:pending      LIST    + ID
     """
-    names = [keys.ghost(queue), keys.pending(queue)]
+    names = [keys.ghost(queue), keys.pending(queue), keys.retry(queue), keys.scheduled(queue)]
     back, forgotten = await store.run(_SWEEP, names, [forget_unix, batch, keys.task_prefix(queue)])
     return back, forgotten

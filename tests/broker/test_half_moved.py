@@ -219,13 +219,13 @@ class Case:
         return act
 
     async def sweep(self) -> Act:
-        """An ID whose hash is there again."""
+        """An ID whose hash is there again, though it is old enough to be forgotten."""
         await seed.hashes(self.redis, self.queue, [self.message("ghost")], "pending")
         back = 0
 
         async def act() -> None:
             nonlocal back
-            back += (await retention.sweep(self.store, self.queue, batch=10, forget_unix=0))[0]
+            back += (await retention.sweep(self.store, self.queue, batch=10, forget_unix=self.clock.unix))[0]
             if not back:
                 raise NotWholeError
 

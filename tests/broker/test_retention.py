@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from asynq_aio._broker import retention
-from asynq_aio._broker.store import Store
+from asynq_aio._broker.store import Fault, Store
 from asynq_aio._server.duties.janitor import Janitor
 from asynq_aio._wire import keys
 from tests import seed, servers
+from tests.server.look import until
 
 if TYPE_CHECKING:
     from tests.clock import FrozenClock
@@ -76,6 +79,35 @@ async def test_a_ghost_with_a_hash_goes_back(frozen: Store, redis: Any, queue: s
     assert found["pending"] == ["back", "twice"]
     assert found["aio:ghost"].keys() == {"broken", "gone"}
     assert found["t:back"] == seed.fields(back, "pending")
+
+
+@pytest.mark.parametrize("state", ["scheduled", "retry"])
+async def test_a_ghost_that_was_due_runs(frozen: Store, redis: Any, queue: str, clock: FrozenClock, state: str) -> None:
+    """A forwarder met it without a hash, and took it out of its place: it was due, so it goes to pending."""
+    task = seed.message(queue, "due")
+    await seed.hashes(redis, queue, [task], state, aio_due_ns=12)
+    await redis.zadd(keys.ghost(queue), {"due": clock.unix - 60})
+    before = time.time_ns()
+    assert await retention.sweep(frozen, queue, batch=100, forget_unix=0) == (1, 0)
+    found = await seed.look(redis, queue)
+    assert before - 1_000 <= int(found["t:due"].pop("pending_since")) <= time.time_ns()
+    assert found == {"pending": ["due"], "t:due": seed.fields(task, "pending")}
+
+
+async def test_a_dead_node_holds_up_its_own_queues_alone(frozen: Store, redis: Any, queue: str) -> None:
+    """The duty has a child per queue: what is over in one goes, whatever has become of the node of another."""
+    away = f"{queue}-away"
+    await seed.waiting(redis, queue, "completed", [(seed.message(queue, "a"), 1)])
+    prefix = f"asynq:{{{away}}}:"
+    frozen.faults = lambda _name, names: Fault.NOT_SENT if str(names[0]).startswith(prefix) else None
+    janitor = asyncio.create_task(Janitor(frozen, [away, queue], interval=8.0, batch=100).run())
+
+    async def gone() -> bool:
+        return not await redis.exists(keys.completed(queue))
+
+    await until(gone)
+    janitor.cancel()
+    await asyncio.wait([janitor])
 
 
 async def test_ghosts_are_forgotten_after_a_day(frozen: Store, redis: Any, queue: str, clock: FrozenClock) -> None:
