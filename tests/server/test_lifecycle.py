@@ -57,6 +57,11 @@ async def shown(redis: Any, server: AsyncServer) -> ServerInfo | None:
     return None if encoded is None else codec.decode_server_info(encoded)
 
 
+def why(server: AsyncServer) -> str:
+    """Why it is not healthy."""
+    return server.unhealthy_reason or ""
+
+
 # --- states --------------------------------------------------------------------------------------------------------
 
 
@@ -65,11 +70,11 @@ async def test_from_new_to_closed(uri: str, queue: str, redis: Any) -> None:
     """Its states, its entry in Redis, its health; closed it is in no list, and does not start again."""
     server = AsyncServer(uri, queues={queue: 2}, concurrency=3)
     assert (server.state, server.healthy) == ("new", False)
-    assert "new" in (server.unhealthy_reason or "")
+    assert "new" in why(server)
     async with server.running(nothing):
         assert server.state == "active"
         await until(lambda: server.healthy)
-        assert server.unhealthy_reason is None
+        assert why(server) == ""
         await server.ping()
         info = await shown(redis, server)
         assert info is not None
@@ -78,10 +83,10 @@ async def test_from_new_to_closed(uri: str, queue: str, redis: Any) -> None:
         entry = keys.server(server.host, server.pid, server.server_id).encode()
         assert entry in await redis.zrange(keys.SERVERS, 0, -1)
         server.stop()
-        assert "stopped" in (server.unhealthy_reason or "")
+        assert "stopped" in why(server)
         server.stop()
     assert (server.state, server.healthy) == ("closed", False)
-    assert "closed" in (server.unhealthy_reason or "")
+    assert "closed" in why(server)
     assert await shown(redis, server) is None
     assert entry not in await redis.zrange(keys.SERVERS, 0, -1)
     with pytest.raises(ServerClosedError, match="asynq: Server closed"):
@@ -478,7 +483,7 @@ async def test_waits_for_a_redis_that_is_absent(queue: str) -> None:
     await until(lambda: server.state == "active")
     await asyncio.sleep(0.5)
     assert not server.healthy
-    assert "has not answered" in (server.unhealthy_reason or "")
+    assert "has not answered" in why(server)
     async with EmbeddedRedis(port=port) as late, Client(late.uri) as client:
         await client.enqueue("x", queue=queue)
         async with asyncio.timeout(30):

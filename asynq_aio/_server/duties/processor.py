@@ -126,9 +126,27 @@ class Processor:
 
     async def until_idle(self) -> None:
         """Wait until there is nothing to do: every queue empty or paused, nothing running, all written."""
-        while not self._idle():
-            self._changed.clear()
-            await self._changed.wait()
+        while True:
+            while not self._idle():
+                self._changed.clear()
+                await self._changed.wait()
+            # What the last handlers have enqueued may not have come to the watchers yet.
+            waiting = [queue for queue in self._queues.values() if not queue.paused and await self._has_tasks(queue)]
+            if not waiting and self._idle():
+                return
+            for queue in waiting:
+                self._ready(queue)
+
+    async def _has_tasks(self, queue: _Queue) -> bool:
+        name = keys.pending(queue.name)
+        while True:
+            try:
+                return bool(await self._store.call("EXISTS", name, key=name))
+            except BrokerUnavailableError as exc:
+                logger.warning("queue %s: it is not known whether it is empty: %s", queue.name, exc)
+            except BrokerError as exc:
+                logger.error("queue %s: it is not known whether it is empty: %s", queue.name, exc)  # noqa: TRY400
+                return False
 
     def _idle(self) -> bool:
         if self._executor.running or self._syncer.unwritten or self._open:
