@@ -26,16 +26,16 @@ from asynq_aio._config import (
     RedisConnOpt,
     RedisFailoverClientOpt,
     TLSOptions,
-    default_redis,
-    parse_redis_uri,
 )
 from asynq_aio._context import Context, ResultWriter, current_context
+from asynq_aio._defaults import default_redis
 from asynq_aio._handler import Handler, Middleware, ServeMux
 from asynq_aio._inspector import ClusterNode, Inspector
 from asynq_aio._server.config import ServerConfig
 from asynq_aio._server.server import AsyncServer
 from asynq_aio._sync import SyncClient
 from asynq_aio._task import Payload, Task, TaskInfo, TaskOptions, TaskState
+from asynq_aio._uris import parse_redis_uri
 from asynq_aio.errors import (
     AlreadyExistsError,
     AsynqError,

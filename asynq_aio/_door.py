@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asynq_aio._broker.connect import settings_of
 from asynq_aio._broker.store import Store
-from asynq_aio._config import default_redis
+from asynq_aio._defaults import default_redis
 
 if TYPE_CHECKING:
     from asynq_aio._broker.connect import RedisClient

@@ -22,13 +22,12 @@ from asynq_aio._config import (
     RedisConnOpt,
     RedisFailoverClientOpt,
     TLSOptions,
-    default_redis,
-    find_config_file,
     join_address,
-    parse_redis_uri,
     remap_address,
     split_address,
 )
+from asynq_aio._defaults import default_redis, find_config_file
+from asynq_aio._uris import parse_redis_uri
 from asynq_aio.errors import ConfigError
 
 SECRET = "s3cr3t"

@@ -44,10 +44,10 @@ from asynq_aio._config import (
     RedisFailoverClientOpt,
     TLSOptions,
     join_address,
-    parse_redis_uri,
     remap_address,
     split_address,
 )
+from asynq_aio._uris import parse_redis_uri
 from asynq_aio.errors import ConfigError
 
 __all__ = ["ConnectionSettings", "Kind", "RedisClient", "settings_of"]

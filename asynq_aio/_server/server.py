@@ -19,7 +19,7 @@ import anyio
 from asynq_aio._broker.presence import Presence
 from asynq_aio._broker.store import Store
 from asynq_aio._client import Client
-from asynq_aio._config import default_redis
+from asynq_aio._defaults import default_redis
 from asynq_aio._handler import ServeMux, compile_handler
 from asynq_aio._server.config import ServerConfig
 from asynq_aio._server.duties.forwarder import Forwarder
