@@ -278,7 +278,7 @@ async def test_both_workers_on_one_queue(  # noqa: PLR0915  (one scene, and its 
         ends[task.type] += 1
         return b"by the Python worker" if word == "result" else None
 
-    n = 40  # of each kind, by each client
+    n = 143  # of each kind, by each client
     kinds = ("sleep", "flaky", "fail", "skip", "revoke", "panic", "result")
     ids: dict[str, set[str]] = {kind: set() for kind in kinds}
     for at in range(n):
