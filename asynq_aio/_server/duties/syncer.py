@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asynq_aio._backoff import jittered
 from asynq_aio._broker import finish, leases
-from asynq_aio._broker.finish import Verdict
+from asynq_aio._broker.finish import Requeue, Verdict
 from asynq_aio._wire.limits import LEASE_SECONDS
 from asynq_aio.errors import BrokerAuthError, BrokerError, BrokerFullError, BrokerUnavailableError
 
@@ -145,7 +145,8 @@ class Syncer:
             if verdict is Verdict.TRYAGAIN:
                 again.append(waiting)
                 continue
-            if verdict is Verdict.LOST:
+            # What was given back, and taken again before the repeat of a lost reply, is not lost: it is not ours.
+            if verdict is Verdict.LOST and not (waiting[1].sent and isinstance(waiting[1], Requeue)):
                 self._stats.lost += 1
                 logger.warning(
                     "task %r of queue %s: its outcome (%s) is too late and not counted: the task is another's, or gone",
