@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asynq_aio import AsyncServer, BrokerUnavailableError, Client, Task
+from asynq_aio import AsyncServer, BrokerUnavailableError, Client, Context, Task
 from asynq_aio._broker import dequeue, leases
 from asynq_aio._broker.store import Fault
-from asynq_aio._server.duties import heartbeater
+from asynq_aio._server.duties import heartbeater, processor
 from asynq_aio._server.execution import End, Executor
 from asynq_aio._wire import keys
 from tests import servers
@@ -333,6 +333,35 @@ async def test_a_lost_claim_does_not_hold_up_the_others(
         await drained(redis, near)
     assert sorted(work.begun) == ["away"] * 4 + ["near"] * 6
     assert server.stats.succeeded == 10
+
+
+async def test_tasks_that_are_found_late_go_back_first(
+    uri: str, queue: str, client: Client, redis: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease of a claim that was lost long ago runs out: its tasks are taken anew, not worked on as they are."""
+    monkeypatch.setattr(processor, "FRESH_SECONDS", 0.0)
+    assert await dequeue.claim(store, dequeue.new_claim(store, queue, "h:1:s", 1), 1) == ("empty", [])
+    infos = await client.enqueue_many([Task("x", number) for number in range(3)], queue=queue)
+    order: list[str] = []
+
+    async def handle(ctx: Context, _task: Task) -> None:
+        order.append(ctx.task_id)
+
+    server = AsyncServer(uri, queues=[queue], concurrency=3)
+    lost: list[str] = []
+
+    def lose_one(name: str, _keys: Sequence[str | bytes]) -> Fault | None:
+        if name != "claim" or lost:
+            return None
+        lost.append(name)
+        return Fault.REPLY_LOST
+
+    server._store.faults = lose_one
+    async with server.running(handle):
+        await until(lambda: len(order) == 3)
+        await drained(redis, queue)
+    assert order == [info.id for info in infos]
+    assert (server.stats.requeued, server.stats.succeeded, server.stats.lost) == (3, 3, 0)
 
 
 # --- the end -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ _LATE = 0.1
 # A claim waits so long for a node that is away or a slot that moves, seconds: a lease that it writes is not older. Then
 # the queue is asked without keeping slots, and the slots of a claim whose reply was lost are given to others, too.
 _PATIENCE = 2.0
+# What a lost claim took is worked on if it is found by then, seconds; nobody else can have taken it so soon.
+FRESH_SECONDS = 10.0
 
 
 class _Queue:
@@ -333,7 +335,9 @@ class Processor:
                         "queue %s: the reply to a claim was lost; its %d tasks are found", claim.queue, len(fresh)
                     )
                     self._open[claim] = 0  # the slots kept for them are free now
-                    self._begin(claim, fresh, sent, max(0, self._free()))
+                    # An old lease may be another's any moment: the script that gives the task back asks whose it is.
+                    old = self._store.clock.monotonic() - sent > FRESH_SECONDS
+                    self._begin(claim, fresh, sent, 0 if old else max(0, self._free()))
                 if whole:
                     break
                 pause = min(max(0.02, pause * 2), _LONGEST_PAUSE)
