@@ -34,7 +34,7 @@ from asynq_aio._server.execution import Executor, ServerStats
 from asynq_aio._server.lease import Holdings
 from asynq_aio._wire import keys
 from asynq_aio._wire.messages import ServerInfo, Timestamp
-from asynq_aio.errors import BrokerUnavailableError, ConfigError, ServerClosedError, ServerStateError
+from asynq_aio.errors import BrokerError, BrokerUnavailableError, ConfigError, ServerClosedError, ServerStateError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -453,7 +453,7 @@ class AsyncServer:
         try:
             async with asyncio.timeout(5.0):
                 await presence.clear()
-        except (BrokerUnavailableError, TimeoutError) as exc:
+        except (BrokerError, TimeoutError) as exc:  # all is done: a refusal, too, is no reason to fail now
             logger.warning("the server's entry could not be cleared, it expires: %s", str(exc) or "no answer in 5 s")
 
     async def _close(self) -> None:

@@ -423,3 +423,12 @@ async def test_an_aborted_drain_puts_the_oldest_first(uri: str, queue: str, clie
         await work.runs(10)
     left = await redis.lrange(keys.pending(queue), 0, -1)
     assert [task_id.decode() for task_id in reversed(left)] == [info.id for info in infos]
+
+
+async def test_an_entry_that_may_not_be_cleared_is_no_failure() -> None:
+    """The work is done and written; the entry expires by itself."""
+    async with servers.own_standalone() as redis_server:
+        server = AsyncServer(redis_server.uri)
+        async with server.running(Work()):
+            redis_server.execute("ACL", "SETUSER", "default", "-zrem")
+    assert server.state == "closed"
