@@ -375,7 +375,8 @@ class EmbeddedRedis:
         """Whether it is our server that answers: on a port that ours is about to fail to bind, anybody may."""
         try:
             with self._connect(timeout=0.5) as client:
-                return f"process_id:{self.pid}\r" in client.execute_command("INFO", "server")
+                said = client.execute_command("INFO")  # which a server that still loads its data answers, too
+                return f"process_id:{self.pid}\r" in said and "\nloading:1" not in said
         except (AuthenticationError, ResponseError):  # settings may name users of which we know nothing
             return "Ready to accept connections" in self.log
         except RedisError:  # not listening yet, loading its data, or no Redis at all
