@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -48,6 +49,9 @@ T = TypeVar("T")
 _COUNTS: Final = ("processed", "succeeded", "retried", "archived", "revoked", "requeued", "recovered", "lost")
 """What the summary at exit says, by the names of ServerStats."""
 _ALWAYS_SAID: Final = ("succeeded", "retried", "archived", "requeued")
+_THREADS_SECONDS: Final = 0.5
+"""How long threads may take to end, at the end of the process."""
+
 _TURN_SECONDS: Final = 1.0
 """How often the loop shows that it turns."""
 
@@ -191,6 +195,7 @@ def worker(
         link = None if supervised is None else Link(supervised)
         found = load(target)
         code = _run_loop(_Worker(flags, found, redis, link).run(health_port))
+        _leave_threads(code)
     if code != OK:
         raise typer.Exit(code)
 
@@ -357,6 +362,25 @@ def _say_summary(who: str, counts: Mapping[str, int], seconds: float) -> None:
         rest,
         extra={**summary, "seconds": round(seconds, 3)},
     )
+
+
+def _leave_threads(code: int) -> None:
+    """End the process where handlers on threads go on: nothing can stop them, and Python would wait for them for ever.
+
+    Their tasks are back in the queue already.
+    """
+    until = time.monotonic() + _THREADS_SECONDS
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, until - time.monotonic()))  # those that idle end by themselves
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    stuck = [thread for thread in others if not thread.daemon]
+    if stuck:
+        logger.error("%d handlers on threads go on; the process ends without them", len(stuck))
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _run_loop(main: Coroutine[object, object, T]) -> T:

@@ -45,6 +45,11 @@ async def broken(task: Task) -> None:
 async def block(task: Task) -> None:
     time.sleep(task.payload.json())
 
+@mux.handler("thread:long")
+def sleep(task: Task) -> None:
+    print("begun", os.getpid(), flush=True)
+    time.sleep(task.payload.json())
+
 def make():
     return mux
 

@@ -207,6 +207,18 @@ def test_a_second_signal_aborts(command: Command, uri: str, queue: str, client: 
     assert look.lrange(f"asynq:{{{queue}}}:pending", 0, -1) == [task_id.encode()]
 
 
+def test_a_handler_on_a_thread_cannot_hold_up_the_exit(
+    command: Command, uri: str, queue: str, client: SyncClient, look: Any
+) -> None:
+    """A thread cannot be stopped: its task goes back to the queue, and the process ends without it."""
+    task_id = client.enqueue("thread:long", 600, queue=queue).id
+    with command.running("worker", "app:mux", "--queues", queue, "-u", uri, "--shutdown-timeout", "100ms") as worker:
+        worker.wait_for("begun")
+        assert worker.stop() == 0
+        assert "1 handlers on threads go on" in worker.text
+    assert look.lrange(f"asynq:{{{queue}}}:pending", 0, -1) == [task_id.encode()]
+
+
 def test_an_outage_is_said_and_survived(command: Command, queue: str) -> None:
     """A Redis that is absent at the start: it waits, and works when Redis is there."""
     from asynq_aio import EmbeddedRedis
