@@ -144,7 +144,9 @@ class Work:
         )
 
         async def settled() -> bool:
-            return await counts(redis, queue) == left and await redis.zcard(group) == len(grouped)
+            # The attempts first: the containers are counted one after another, and a retry slips from one to the next.
+            all_begun = self.attempts.total() >= sum(expected.values())
+            return all_begun and await counts(redis, queue) == left and await redis.zcard(group) == len(grouped)
 
         try:
             await until(settled, seconds=20)
