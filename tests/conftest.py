@@ -95,6 +95,7 @@ async def store(uri: str) -> AsyncGenerator[Store]:
 async def redis(server: servers.Servers) -> AsyncGenerator[Any]:
     """A plain redis-py client on it, to look with; replies are bytes."""
     client = server.client()
+    await client.initialize()  # redis-py's cluster client breaks some of several first calls at once
     yield client
     await client.aclose()
 

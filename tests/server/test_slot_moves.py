@@ -208,6 +208,7 @@ async def looker(cluster: EmbeddedCluster) -> AsyncGenerator[Any]:
     """A plain client of this cluster."""
     node = next(node for node in cluster.nodes if node.running)
     client = RedisCluster(host="127.0.0.1", port=node.port, protocol=2)
+    await client.initialize()
     yield client
     await client.aclose()
 
