@@ -326,7 +326,7 @@ async def test_a_call_that_was_not_sent_is_written_by_the_next(
     made = seed.message(queue, "a")
     await seed.active(redis, queue, [made], expires_unix=clock.unix + 30)
     mine = outcome(kind, seed.lease(queue, "a", clock.unix + 30), made, clock.unix)
-    frozen.deadline = 0.05
+    frozen.deadline = 0.5
     frozen.faults = lambda name, _keys: Fault.NOT_SENT if name == "finish" else None
     with pytest.raises(BrokerUnavailableError) as raised:
         await finish.finish(frozen, queue, [mine])

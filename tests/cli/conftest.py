@@ -33,9 +33,9 @@ async def send(task: Task) -> None:
 
 @mux.handler("email:long")
 async def long(task: Task) -> None:
-    print("begun", os.getpid(), flush=True)
+    print(f"begun {os.getpid()}\\n", end="", flush=True)
     await asyncio.sleep(task.payload.json())
-    print("ended", os.getpid(), flush=True)
+    print(f"ended {os.getpid()}\\n", end="", flush=True)
 
 @mux.handler("email:broken")
 async def broken(task: Task) -> None:
@@ -47,7 +47,7 @@ async def block(task: Task) -> None:
 
 @mux.handler("thread:long")
 def sleep(task: Task) -> None:
-    print("begun", os.getpid(), flush=True)
+    print(f"begun {os.getpid()}\\n", end="", flush=True)
     time.sleep(task.payload.json())
 
 def make():
